@@ -1,0 +1,7 @@
+"""Recent research methods as drop-in parts for Hugging Face libraries. Importing this package registers them."""
+
+__version__ = "0.1.0"
+
+from . import optim
+
+__all__ = ["optim"]

@@ -1,0 +1,26 @@
+"""`hfext bench NAME`: a measurement of speed, memory or exactness against its bar."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._output import place
+from .run import OutputDir, echo_tables, execute
+from .verify import save_result
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A recipe of recipes/bench.")],
+    output_dir: OutputDir = None,
+    save: Annotated[bool, typer.Option(help="In a checkout, write recipes/results/bench-NAME.json.")] = True,
+) -> None:
+    """Run a benchmark; exit status 1 when a table has a row whose column `met` is false."""
+    record = execute(f"recipes/bench/{name}", context.args, output_dir or Path("out") / "bench" / name)
+    echo_tables(record)
+    typer.echo(f"\n{record['seconds']:.0f} s on {place(record['machine'])}")
+    if save:
+        save_result(f"bench-{name}", record)
+    missed = any(row.get("met") is False for rows in record.get("tables", {}).values() for row in rows)
+    raise typer.Exit(1 if missed else 0)

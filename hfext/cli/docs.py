@@ -1,0 +1,100 @@
+"""`hfext docs`: the generated parts of the README, from the method records and the recorded results."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import recipe, registry
+from ._output import place, spread, table
+
+# Longer tables stay in the JSON file, so that the README remains short.
+MOST_ROWS = 10
+
+
+def docs(
+    check: Annotated[bool, typer.Option(help="Write nothing; exit status 1 when the README is stale.")] = False,
+) -> None:
+    """Regenerate the method table and the results of the README."""
+    root = recipe.checkout()
+    if root is None:
+        typer.echo("hfext: the README is generated in a checkout; this is an installed package.", err=True)
+        raise typer.Exit(2)
+    path = root / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = render(old, root / "recipes" / "results")
+    if new == old:
+        typer.echo("README.md is up to date.")
+    elif check:
+        typer.echo("hfext: README.md is stale; run `hfext docs`.", err=True)
+        raise typer.Exit(1)
+    else:
+        recipe.write_text(path, new)
+        typer.echo("README.md was rewritten.")
+
+
+def render(text: str, results: Path) -> str:
+    """`text` with everything between the markers `<!-- NAME:begin -->` and `<!-- NAME:end -->` made anew."""
+    parts: dict[str, Callable[[Path], str]] = {"methods": _methods, "results": _results}
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"README.md needs {begin} and, after it, {end}, once each.")
+        before, _, rest = text.partition(begin)
+        after = rest.partition(end)[2]
+        text = f"{before}{begin}\n{part(results)}\n{end}{after}"
+    return text
+
+
+def _methods(results: Path) -> str:
+    rows = []
+    for method in registry.methods():
+        evidence = _read(results / f"{method.name}.json").get("evidence")
+        link = f"[{method.arxiv}](https://arxiv.org/abs/{method.arxiv})" if method.arxiv else "-"
+        rows.append(
+            {
+                "method": f"`{method.name}`",
+                "family": method.family,
+                "paper": link,
+                "what it does": method.summary,
+                "status": method.status,
+                "reproduced": evidence["reproduced"] if evidence else "not run",
+            }
+        )
+    return table(rows, markdown=True) if rows else "No method yet."
+
+
+def _results(results: Path) -> str:
+    records = [(method, _read(results / f"{method.name}.json")) for method in registry.methods()]
+    rows = [_evidence(method, record) for method, record in records if record.get("evidence")]
+    blocks = [table(rows, markdown=True)] if rows else []
+    benches = [_read(path) for path in sorted(results.glob("bench-*.json"))]
+    for record in benches:
+        blocks += [_folded(title, rows) for title, rows in record.get("tables", {}).items() if len(rows) <= MOST_ROWS]
+    places = dict.fromkeys(place(r["machine"]) for r in [*(r for _, r in records), *benches] if "machine" in r)
+    if places:
+        blocks.append(f"Measured on {'; '.join(places)}. Versions, seeds and times are in `recipes/results/`.")
+    return "\n\n".join(blocks) or "No results yet."
+
+
+def _evidence(method: registry.Method, record: dict[str, Any]) -> dict[str, Any]:
+    evidence = record["evidence"]
+    return {
+        "method": f"`{method.name}`",
+        "claim checked": evidence["claim"],
+        "paper": evidence["paper"],
+        "here": f"{evidence['metric']}, {evidence['setting']}",
+        "ours": spread(evidence["ours"], evidence.get("ours_sd")),
+        "baseline": f"{evidence['baseline_name']} {spread(evidence['baseline'], evidence.get('baseline_sd'))}",
+        "reproduced": evidence["reproduced"],
+    }
+
+
+def _folded(title: str, rows: list[dict[str, Any]]) -> str:
+    return f"<details><summary>{title}</summary>\n\n{table(rows, markdown=True)}\n\n</details>"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

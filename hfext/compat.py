@@ -1,0 +1,238 @@
+"""The one file that touches private parts of transformers, accelerate and torch.
+
+Each function says what it reaches into. `CHECKS` lists them with the versions they were checked for; `hfext doctor`
+runs the checks, and a test fails when upstream moves one. Everything here is idempotent and leaves users of stock
+names with stock behaviour, bit for bit.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments, trainer_optimizer
+from transformers.training_args import OptimizerNames
+
+CHECKED_TRANSFORMERS = "5.17 to 5.23"
+CHECKED_TORCH = "2.11 to 2.13"
+
+# ---- names in enums ---------------------------------------------------------------------------------------------------
+
+
+def add_enum_member(enum: type, value: str) -> Any:
+    """Make `enum(value)` valid. Returns the member; a stock member of that value is refused."""
+    if value in enum._value2member_map_:
+        member = enum._value2member_map_[value]
+        if not getattr(member, "_hfext_", False):
+            raise ValueError(f"{enum.__name__} already has {value!r}; the name belongs to {enum.__module__}.")
+        return member
+    name = value.upper()
+    member = str.__new__(enum, value)
+    member._name_, member._value_, member.__objclass__ = name, value, enum
+    member._sort_order_ = len(enum._member_names_)
+    member._hfext_ = True
+    enum._member_names_.append(name)
+    enum._member_map_[name] = member
+    enum._value2member_map_[value] = member
+    # Python 3.12 keeps the values that can be hashed in a list of their own.
+    if hasattr(enum, "_hashable_values_"):
+        enum._hashable_values_.append(value)
+    type.__setattr__(enum, name, member)
+    return member
+
+
+def register_optimizer(name: str, handler: Callable) -> None:
+    """Make `TrainingArguments(optim=name)` valid; `handler(context) -> (class or factory, kwargs)`."""
+    trainer_optimizer._OPTIMIZER_HANDLERS[add_enum_member(OptimizerNames, name)] = handler
+
+
+class _Noted(dict):
+    """A dict that notes which keys were looked up: a stock handler ignores what it does not know."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = set()
+
+    def get(self, key, default=None):
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def pop(self, key, *default):
+        self.seen.add(key)
+        return super().pop(key, *default)
+
+    def __contains__(self, key):
+        self.seen.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+
+def stock_optimizer(context: Any, name: str, optim_args: dict[str, str]) -> tuple[Any, dict[str, Any], set[str]]:
+    """What the stock handler of `name` returns for `context`, and the keys of `optim_args` that it looked up."""
+    args = copy.copy(context.args)
+    args.optim = OptimizerNames(name)
+    noted = _Noted(optim_args)
+    context = dataclasses.replace(
+        context,
+        args=args,
+        optimizer_kwargs=dict(context.optimizer_kwargs),
+        adam_kwargs=dict(context.adam_kwargs),
+        optim_args=noted,
+    )
+    cls, kwargs = trainer_optimizer._OPTIMIZER_HANDLERS[args.optim](context)
+    return cls, kwargs, noted.seen
+
+
+# ---- the Trainer ------------------------------------------------------------------------------------------------------
+
+
+def patch_method(cls: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    """Replace `cls.name` by `wrapper(original)`, once."""
+    original = cls.__dict__[name]
+    if not hasattr(original, "_hfext_original"):
+        wrapped = functools.wraps(original)(wrapper(original))
+        wrapped._hfext_original = original
+        setattr(cls, name, wrapped)
+
+
+@contextlib.contextmanager
+def replaced(instance: Any, name: str, value: Any) -> Iterator[Any]:
+    """Inside, `instance.name` is `value`; afterwards the instance is as it was."""
+    own = vars(instance)
+    had, old = name in own, own.get(name)
+    setattr(instance, name, value)
+    try:
+        yield value
+    finally:
+        if had:
+            setattr(instance, name, old)
+        else:
+            delattr(instance, name)
+
+
+def two_pass_optimizer(trainer: Trainer) -> Any | None:
+    """The two-pass optimizer of a Trainer, below accelerate's wrapper, or None."""
+    optimizer = getattr(trainer, "optimizer", None)
+    while optimizer is not None and not getattr(optimizer, "hfext_two_pass", False):
+        optimizer = vars(optimizer).get("optimizer")
+    return optimizer
+
+
+# What TRL's trainers count in `compute_loss`, which a second evaluation of the same batch must not count again.
+_COUNTERS = ("_metrics", "_total_train_tokens")
+
+
+@contextlib.contextmanager
+def counters_kept(trainer: Trainer) -> Iterator[None]:
+    """Metrics that a Trainer subclass gathers in `compute_loss` are as before afterwards."""
+    saved = {name: copy.deepcopy(vars(trainer)[name]) for name in _COUNTERS if name in vars(trainer)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(saved)
+
+
+def loss_is_scaled(trainer: Trainer, num_items: Any) -> bool:
+    """Whether `compute_loss` has divided by the items of the whole update, as `Trainer.training_step` decides it."""
+    explicit = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if explicit is not None:
+        return explicit
+    return (trainer.model_accepts_loss_kwargs and num_items is not None) or trainer.compute_loss_func is not None
+
+
+def loss_shifts_labels(trainer: Trainer) -> bool:
+    """Whether position i of the logits predicts label i+1."""
+    return trainer._loss_shifts_labels
+
+
+def keep_column(trainer: Trainer, column: str) -> None:
+    """Keep a dataset column that the model's forward does not name."""
+    trainer._set_signature_columns_if_needed()
+    if column not in trainer._signature_columns:
+        trainer._signature_columns = [*trainer._signature_columns, column]
+
+
+# ---- torch ------------------------------------------------------------------------------------------------------------
+
+
+def optimizer_hook_tables(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The tables in which `torch.optim.Optimizer.register_*_hook` writes, to be shared with a wrapper."""
+    return {name: table for name, table in vars(optimizer).items() if name.startswith("_optimizer_")}
+
+
+def set_optimizer_mode(optimizer: torch.optim.Optimizer, train: bool) -> None:
+    """`train()` or `eval()` of optimizers that have modes (schedule-free)."""
+    switch = getattr(optimizer, "train" if train else "eval", None)
+    if callable(switch):
+        switch()
+
+
+def full_tensor(x: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor; other tensors as they are."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+# ---- what `hfext doctor` looks at -------------------------------------------------------------------------------------
+
+
+def _has(owner: Any, *names: str) -> Callable[[], None]:
+    def check():
+        missing = [name for name in names if not hasattr(owner, name)]
+        if missing:
+            raise RuntimeError(f"{getattr(owner, '__name__', owner)} has no {', '.join(missing)}")
+
+    return check
+
+
+CHECKS: list[tuple[str, str, Callable[[], None]]] = [
+    ("optimizer names", f"transformers {CHECKED_TRANSFORMERS}", _has(OptimizerNames, "_value2member_map_", "_member_map_")),
+    ("optimizer handlers", f"transformers {CHECKED_TRANSFORMERS}", _has(trainer_optimizer, "_OPTIMIZER_HANDLERS", "OptimizerContext")),
+    (
+        "Trainer hooks",
+        f"transformers {CHECKED_TRANSFORMERS}",
+        _has(
+            Trainer,
+            "training_step", "compute_loss", "_prepare_inputs", "log", "evaluate", "save_model",
+            "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler", "_set_signature_columns_if_needed",
+        ),
+    ),
+    ("TrainingArguments hooks", f"transformers {CHECKED_TRANSFORMERS}", _has(TrainingArguments, "__post_init__", "set_optimizer")),
+    ("optimizer hook tables", f"torch {CHECKED_TORCH}", _has(torch.optim.Optimizer, "register_step_pre_hook")),
+    ("foreach kernels", f"torch {CHECKED_TORCH}", _has(torch, "_foreach_norm", "_foreach_add_", "_foreach_copy_", "_foreach_sub")),
+]
+VERSIONS = {"transformers": transformers.__version__, "torch": torch.__version__}
+
+
+# ---- checkpoints and data ------------------------------------------------------------------------------------------
+
+
+class CheckpointMixin:
+    """A Trainer whose checkpoints hold more. `save_more` runs in every process, `load_more` after the model's load."""
+
+    def save_more(self, folder: str) -> None:
+        """Write into the folder of a checkpoint; ends with `super().save_more(folder)`."""
+
+    def load_more(self, folder: str) -> None:
+        """Read it back; ends with `super().load_more(folder)`."""
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.save_more(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_more(checkpoint)
+
+
+def read_items(dataset: Any, indices: list[int]) -> list[Any]:
+    """Items of a map-style dataset, by its own batched read where it has one, as torch's loader reads them."""
+    read = getattr(dataset, "__getitems__", None)
+    return read(indices) if read else [dataset[i] for i in indices]

@@ -1,0 +1,71 @@
+"""`optim_args`: a string such as `rho=0.05,base=adamw,base.weight_decay=0.1` to typed options, or a clear error."""
+
+import difflib
+import typing
+from dataclasses import fields
+from typing import Any
+
+from .._fields import coerce
+from .._fields import parse as yaml_value
+from ..registry import suggest
+
+ALIASES = {"adamw": "adamw_torch", "adam": "adamw_torch", "adamw_fused": "adamw_torch_fused"}
+
+
+def split(text: str | None) -> dict[str, str]:
+    """`a=1,b=2` to a dict of strings. Every key once, every entry `key=value`."""
+    options: dict[str, str] = {}
+    for entry in (text or "").split(","):
+        if not entry.strip():
+            continue
+        key, equals, value = (part.strip() for part in entry.partition("="))
+        if not equals or not key or not value or "=" in value:
+            raise ValueError(f"optim_args: {entry.strip()!r} is not of the form key=value (entries are split at commas).")
+        if key in options:
+            raise ValueError(f"optim_args: {key!r} is given twice.")
+        options[key] = value
+    return options
+
+
+def parse(text: str | None, config: type) -> tuple[Any, str, dict[str, str]]:
+    """The validated config, the name of the base optimizer and the base's own options (still strings)."""
+    kinds = typing.get_type_hints(config)
+    known = [f.name for f in fields(config)]
+    options, base, base_options = {}, "adamw", {}
+    for key, value in split(text).items():
+        key = "lam" if key == "lambda" and "lam" in known else key  # `lambda` is a keyword in Python
+        if key == "base":
+            base = value
+        elif key.startswith("base."):
+            base_options[key.removeprefix("base.")] = value
+        elif key in known:
+            options[key] = coerce(f"optim_args: {key}", kinds[key], yaml_value(value))
+        else:
+            raise ValueError(
+                f"optim_args: unknown key {key!r}. {_nearest(key, known)}Valid keys: "
+                f"{', '.join(sorted(known))}, base, base.<option of the base optimizer>."
+            )
+    return config(**options), base, base_options
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, [*known, "base"], n=1, cutoff=0.6)
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
+def base_name(name: str, known: list[str], own: list[str]) -> str:
+    """The stock name of a base optimizer; layer-wise ones and our own are refused."""
+    stock = ALIASES.get(name, name)
+    if stock in own:
+        raise ValueError(f"optim_args: base={name!r} is itself a two-pass optimizer. Use a stock one, such as base=adamw.")
+    if stock not in known:
+        raise ValueError(f"optim_args: base={name!r} is not an optimizer name. {suggest(name, [*ALIASES, *known])}")
+    if stock.endswith("layerwise") or stock in ("lomo", "adalomo"):
+        raise ValueError(
+            f"optim_args: base={name!r} steps inside the backward pass, so it cannot wait for a second pass. "
+            f"Use {stock.removesuffix('_layerwise')!r} or base=adamw."
+            if stock.endswith("layerwise")
+            else f"optim_args: base={name!r} steps inside the backward pass, so it cannot wait for a second pass. "
+            "Use base=adamw or base=sgd."
+        )
+    return stock

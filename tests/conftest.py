@@ -1,0 +1,132 @@
+"""Settings of the whole suite: one thread, fixed seeds, no network, and tiny models built from their configs."""
+
+import os
+
+# Read when the libraries are imported, so they come first.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import ipaddress
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(1)
+
+
+def _is_local(family, address):
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return True
+    host = address[0]
+    try:
+        return host in ("", "localhost") or ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _guarded(connect):
+    def guarded(self, address, *args):
+        if not _is_local(self.family, address):
+            raise RuntimeError(f"A test tried to reach {address}: the suite may only use the loopback interface.")
+        return connect(self, address, *args)
+
+    return guarded
+
+
+# Patched at import and not in a fixture, so that fixtures of any scope and collection itself are covered.
+socket.socket.connect = _guarded(socket.socket.connect)
+socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _factory(model_class, config_class, **defaults):
+    """`make(seed=0, **config fields) -> model` in float32, eval mode, with weights that depend on the seed alone."""
+
+    def make(seed=0, **fields):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return model_class(config_class(**{**defaults, **fields})).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_llama():
+    """Factory of Llama language models with grouped queries."""
+    return _factory(
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+@pytest.fixture
+def tiny_gpt2():
+    """Factory of GPT-2 language models: tied embeddings, dropout 0.1 while training."""
+    return _factory(
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        vocab_size=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+@pytest.fixture
+def tiny_bert_classifier():
+    """Factory of BERT sequence classifiers with 4 labels."""
+    return _factory(
+        transformers.BertForSequenceClassification,
+        transformers.BertConfig,
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        num_labels=4,
+    )
+
+
+@pytest.fixture
+def tiny_t5():
+    """Factory of T5 encoder-decoder models."""
+    return _factory(
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config,
+        vocab_size=128,
+        d_model=32,
+        d_ff=64,
+        d_kv=8,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )

@@ -1,0 +1,86 @@
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfext import recipe, registry
+from hfext.cli.docs import render
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def _python(path):
+    """The first Python example of a Markdown file."""
+    return re.search(r"```python\n(.*?)```", path.read_text(), re.S).group(1)
+
+
+def test_generated_parts_are_up_to_date():
+    text = README.read_text()
+    assert render(text, ROOT / "recipes" / "results") == text, "README.md is stale; run `hfext docs`."
+
+
+def test_every_method_and_result_shows():
+    generated = render(README.read_text(), ROOT / "recipes" / "results")
+    for method in registry.methods():
+        assert f"| `{method.name}` |" in generated
+    claims = [(recipe.read_result(m.name) or {}).get("evidence", {}).get("claim") for m in registry.methods()]
+    assert all(claim.replace("|", "\\|") in generated for claim in claims if claim)
+
+
+def test_results_fold_small_tables_of_benches_and_name_the_machine(tmp_path):
+    record = {
+        "machine": {"cpu": "Abacus", "cores": 2},
+        "tables": {"Small": [{"a": 1.0, "b": True}], "Large": [{"a": i} for i in range(99)]},
+    }
+    recipe.write_json(tmp_path / "bench-sample.json", record)
+    text = render(README.read_text(), tmp_path)
+    assert "<summary>Small</summary>\n\n| a | b |\n| --- | --- |\n| 1 | yes |" in text
+    assert "Large" not in text and "Measured on Abacus, 2 cores." in text
+
+
+@pytest.mark.parametrize("text", ["", "<!-- methods:begin -->", "<!-- methods:end --><!-- methods:begin -->"])
+def test_missing_markers_are_named(tmp_path, text):
+    with pytest.raises(ValueError, match="README.md needs <!-- methods:begin -->"):
+        render(text, tmp_path)
+
+
+def test_the_example_trains(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    source = _python(README)
+    short = source.replace("num_train_epochs=10", 'num_train_epochs=5, report_to="none", disable_tqdm=True')
+    assert short != source
+    names = {}
+    exec(compile(short, "README.md", "exec"), names)
+    inputs = torch.stack([row["pixel_values"] for row in names["data"]])
+    with torch.no_grad():
+        guesses = names["model"].eval()(inputs).logits.argmax(-1)
+    # Chance is 0.1; five epochs were seen to reach 0.7.
+    assert (guesses == torch.tensor(names["labels"])).float().mean() > 0.4
+
+
+def test_the_example_of_contributing_is_a_working_method(monkeypatch):
+    name = "hfext.optim.sign_ascent"
+    module = types.ModuleType(name)
+    module.__package__ = "hfext.optim"
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(_python(ROOT / "CONTRIBUTING.md"), "CONTRIBUTING.md", "exec"), vars(module))
+    assert module.METHOD.target == f"{name}:{module.SignAscent.__name__}"
+
+    from hfext.optim import sam_step
+
+    weight = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+    optimizer = module.SignAscent(torch.optim.SGD([weight], lr=0.1), rho=0.5)
+
+    def closure():
+        loss = (weight**2).sum() / 2
+        loss.backward()
+        return loss
+
+    sam_step(optimizer, closure)
+    # The gradient of half the square is the weight itself: w - lr * (w + rho * sign(w)).
+    assert torch.allclose(weight.detach(), torch.tensor([3.0 - 0.35, -4.0 + 0.45], dtype=torch.float64), atol=1e-9)

@@ -48,7 +48,7 @@ class Config:
     method: Name of the entry that the evidence is about.
     baseline: Name of the entry it is compared with.
     metric: `last` (clean test accuracy after the last epoch), `best` (of the best epoch), `flipped` (share of the
-        batch flipped by the perturbation at `flip_rho`), or `speed` (CPU seconds an epoch over the baseline's).
+        batch flipped by the perturbation at `flip_rhos[0]`), or `speed` (CPU seconds an epoch over the baseline's).
     max_time: With `speed`: the ratio up to which the claim holds.
     seeds: How many repeats; a repeat draws weights, wrong labels and batches.
     first_seed: Of the repeats.
@@ -57,7 +57,7 @@ class Config:
     epochs, batch_size, learning_rate, momentum, weight_decay, schedule: Of the base optimizer of all.
     hidden, norm: Of the MLP.
     hessian: Measure the top Hessian eigenvalue of the training loss at the end.
-    flip_rho: Radius at which flips are measured.
+    flip_rhos: Radii at which flips are measured; the evidence is that of the first.
     flip_epochs: After which epochs of the plain SGD run; empty for none.
     """
 
@@ -79,13 +79,15 @@ class Config:
     hidden: int = 512
     norm: Literal["none", "layer", "batch"] = "none"
     hessian: bool = True
-    flip_rho: float = 0.05
+    flip_rhos: list[float] = field(default_factory=lambda: [0.05])
     flip_epochs: list[int] = field(default_factory=list)
 
     def __post_init__(self):
         names = [parse_entry(entry)[0] for entry in self.methods]
         if len(set(self.methods)) < len(names):
             raise ValueError(f"methods has an entry twice: {self.methods}.")
+        if self.method in PLAIN:
+            raise ValueError(f"method is {self.method!r} but must be a method of the library; {self.method} is stock.")
         for label, value in {"method": self.method, "baseline": self.baseline}.items():
             known = OBJECTIVES if self.metric == "flipped" else names
             if value not in known:
@@ -97,8 +99,8 @@ class Config:
             raise ValueError(f"noise is {self.noise} but must be in [0, 1).")
         if self.flip_epochs and "sgd" not in names:
             raise ValueError("flip_epochs needs the entry sgd: flips are measured from its weights.")
-        if self.metric == "flipped" and not self.flip_epochs:
-            raise ValueError("metric is 'flipped' but flip_epochs is empty.")
+        if self.metric == "flipped" and not (self.flip_epochs and self.flip_rhos):
+            raise ValueError("metric is 'flipped' but flip_epochs or flip_rhos is empty.")
         if any(not 1 <= epoch <= self.epochs for epoch in self.flip_epochs):
             raise ValueError(f"flip_epochs is {self.flip_epochs} but must lie in 1 to epochs ({self.epochs}).")
 
@@ -203,9 +205,9 @@ def fit(config: Config, entry: str, seed: int, clean: Digits, test: Digits) -> t
     rows = []
     for epoch, weights in observer.weights.items():
         model.load_state_dict(weights)
-        rows += [
-            {"epoch": epoch, "seed": seed, **row} for row in flips(model, train, config.flip_rho, config.batch_size)
-        ]
+        for rho in config.flip_rhos:
+            part = flips(model, train, rho, config.batch_size)
+            rows += [{"epoch": epoch, "seed": seed, "rho": rho, **row} for row in part]
     return found, rows
 
 
@@ -255,9 +257,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     )
     tables = {_setting(config): [_row(config, entry, by_entry) for entry in config.methods]}
     if flipped:
-        tables[f"perturbation of the same SGD weights at rho={config.flip_rho}, by its own batch"] = _flip_table(
-            flipped
-        )
+        tables["what a perturbation of the same SGD weights does to its batch"] = _flip_table(flipped)
     evidence = _evidence(config, by_entry, flipped)
     return {"evidence": evidence, "tables": tables, "artifacts": ["accuracy.png"], "runs": runs, "flips": flipped}
 
@@ -287,16 +287,22 @@ def _row(config: Config, entry: str, by_entry) -> dict[str, Any]:
     last, best, drop, train = (100 * np.array([r[key] for r in rows]) for key in ("last", "best", "drop", "train"))
     row = {
         "method": entry,
-        "last %": round(last.mean(), 2),
+        "last %": round(float(last.mean()), 2),
         "sd": round(float(_sd(last)), 2),
-        "best %": round(best.mean(), 2),
-        "last - best": round(drop.mean(), 2),
-        "train (noisy) %": round(train.mean(), 1),
+        "p vs base": round(_p_value(last, 100 * np.array([r["last"] for r in base])), 4),
+        "best %": round(float(best.mean()), 2),
+        "last - best": round(float(drop.mean()), 2),
+        "train (noisy) %": round(float(train.mean()), 1),
     }
     if config.hessian:
         row["top eigenvalue"] = round(float(np.mean([r["hessian"] for r in rows])), 1)
     row["time / base"] = round(float(np.median(_ratio(rows, base))), 2)
     return row
+
+
+def _p_value(ours, base) -> float:
+    """Of the paired t-test; 1 where there is nothing to test."""
+    return float(stats.ttest_rel(ours, base).pvalue) if len(ours) > 1 and np.any(ours != base) else 1.0
 
 
 def _ratio(rows, base) -> list[float]:
@@ -305,15 +311,16 @@ def _ratio(rows, base) -> list[float]:
 
 def _flip_table(flipped: list[dict]) -> list[dict[str, Any]]:
     table = []
-    for epoch in sorted({r["epoch"] for r in flipped}):
+    for rho, epoch in sorted({(r["rho"], r["epoch"]) for r in flipped}):
         for name in OBJECTIVES:
-            rows = [r for r in flipped if (r["epoch"], r["objective"]) == (epoch, name)]
+            rows = [r for r in flipped if (r["rho"], r["epoch"], r["objective"]) == (rho, epoch, name)]
             share = 100 * np.array([r["flipped"] for r in rows])
             table.append(
                 {
+                    "rho": rho,
                     "epoch": epoch,
                     "objective": name,
-                    "flipped %": round(share.mean(), 2),
+                    "flipped %": round(float(share.mean()), 2),
                     "sd": round(float(_sd(share)), 2),
                     "0-1 loss rise %": round(100 * float(np.mean([r["zero_one_rise"] for r in rows])), 2),
                     "training loss rise": round(float(np.mean([r["loss_rise"] for r in rows])), 4),
@@ -326,15 +333,15 @@ def _evidence(config: Config, by_entry, flipped: list[dict]) -> dict[str, Any]:
     record = registry.get("bisam" if config.method in SURROGATES else config.method)
     headline = record.headline
     if config.metric == "flipped":
-        pair = [_flips_by_seed(flipped, name) for name in (config.method, config.baseline)]
-        what = f"training samples flipped at rho={config.flip_rho}, mean of epochs {config.flip_epochs}, %"
+        pair = [_flips_by_seed(config, flipped, name) for name in (config.method, config.baseline)]
+        what = f"training samples flipped at rho={config.flip_rhos[0]}, mean of epochs {config.flip_epochs}, %"
     else:
         key = "best" if config.metric == "best" else "last"
         pair = [100 * np.array([r[key] for r in _named(by_entry, name)]) for name in (config.method, config.baseline)]
         what = f"clean {config.split} accuracy, {key} epoch, %"
     ours, base = pair
     difference = ours - base
-    p = float(stats.ttest_rel(ours, base).pvalue) if len(ours) > 1 and np.any(difference) else 1.0
+    p = _p_value(ours, base)
     note = f"{what}: {ours.mean():.2f} against {base.mean():.2f}, difference {difference.mean():+.2f}"
     note += f", paired t-test p={p:.2g}, ahead in {int((difference > 0).sum())} of {len(ours)} seeds."
     reproduced = bool(difference.mean() > 0 and p < 0.05)
@@ -362,7 +369,7 @@ def _evidence(config: Config, by_entry, flipped: list[dict]) -> dict[str, Any]:
     }
 
 
-def _flips_by_seed(flipped: list[dict], name: str) -> np.ndarray:
-    seeds = sorted({r["seed"] for r in flipped})
-    rows = [[r["flipped"] for r in flipped if (r["seed"], r["objective"]) == (seed, name)] for seed in seeds]
-    return 100 * np.array(rows).mean(1)
+def _flips_by_seed(config: Config, flipped: list[dict], name: str) -> np.ndarray:
+    rows = [r for r in flipped if (r["rho"], r["objective"]) == (config.flip_rhos[0], name)]
+    seeds = sorted({r["seed"] for r in rows})
+    return 100 * np.array([np.mean([r["flipped"] for r in rows if r["seed"] == seed]) for seed in seeds])

@@ -1,9 +1,9 @@
 """How far a sharpness-aware perturbation moves each weight, as the network grows.
 
 One update is run on models of growing width, and what the second pass finds in the weights is compared with what a
-layer needs to matter: a change of spectral norm sqrt(fan_out / fan_in). The slope of log(norm / target) over log(width)
-is 0 when a layer is perturbed alike at every width. Models: a three-layer MLP on digits, and a one-layer Llama on
-random tokens with its embeddings tied and untied.
+layer needs to matter: a change of spectral norm sqrt(fan_out / fan_in). The slope of log(norm / target) over
+log(width) is 0 when a layer is perturbed alike at every width. Models: a three-layer MLP on digits, and a one-layer
+Llama on random tokens with its embeddings tied and untied.
 """
 
 import statistics
@@ -43,16 +43,16 @@ class Config:
         rho: Radius.
         seeds: Number of initialisations, over which norms are averaged.
         images: Images in the update of the MLP.
-        tokens: Tokens in the update of the Llama, multiple of 8; 0 leaves the Llama out. Keep it below the least width:
-            gradients of random heads gain rank, and lose spectral norm, until the width exceeds the tokens.
+        tokens: Tokens in the update of the Llama, multiple of 8; 0 leaves the Llama out. Few: gradients of random
+            heads lose spectral norm to rank until the width is well above the number of tokens.
     """
 
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     base_width: int = 64
     rho: float = 0.05
-    seeds: int = 4
+    seeds: int = 6
     images: int = 128
-    tokens: int = 16
+    tokens: int = 8
 
     def __post_init__(self):
         check_widths("perturbation_scaling", self.widths, self.base_width, 16)

@@ -8,7 +8,7 @@ How to choose (cost: gradient evaluations an update):
 """
 
 from ..registry import collect
-from . import asam, bisam, ignite, sam, sam_on, sampa
+from . import asam, bisam, ignite, mup, mup_sam, sam, sam_on, sampa
 from ._install import install
 from ._sam_step import sam_step
 from ._driver import SharpnessAwareMixin

@@ -49,6 +49,8 @@ def drive(original, trainer, optimizer, model, inputs, num_items) -> torch.Tenso
     if optimizer.pairs is None:
         optimizer.pairs = Pairs()
     pairs = optimizer.pairs
+    # Below DistributedDataParallel: it broadcasts buffers in forward, and here ranks do not run forward in step.
+    model = trainer.accelerator.unwrap_model(model)
     update = vars(trainer).get("_hfext_update")
     if update is None or update.step != trainer.state.global_step:
         update = trainer._hfext_update = Update(step=trainer.state.global_step)

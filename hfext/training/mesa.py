@@ -57,8 +57,7 @@ class MESAConfig(TrajectoryConfig):
 
 def average_(average: list[Tensor], current: list[Tensor], decay: float) -> None:
     """average <- decay * average + (1 - decay) * current, in place; equal entries stay equal bit for bit."""
-    for v, w in zip(average, current, strict=True):
-        v.lerp_(w.detach().to(v.dtype), 1 - decay)
+    torch._foreach_lerp_(average, [w.detach().to(v.dtype) for v, w in zip(average, current, strict=True)], 1 - decay)
 
 
 class AveragedModel:

@@ -435,6 +435,7 @@ for name, cls, option in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_equal_one(tmp_path):
     """Each process records its own examples in the shared file and reads, epochs later, what the other one wrote."""

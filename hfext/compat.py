@@ -12,8 +12,12 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import accelerate.state
+import accelerate.utils.dataclasses
 import torch
-import transformers
+import transformers.trainer_pt_utils
+import transformers.trainer_utils
+import transformers.training_args
 from transformers import Trainer, TrainingArguments, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
@@ -157,6 +161,20 @@ def keep_column(trainer: Trainer, column: str) -> None:
     trainer._set_signature_columns_if_needed()
     if column not in trainer._signature_columns:
         trainer._signature_columns = [*trainer._signature_columns, column]
+
+
+def read_training_args(path: Any) -> dict[str, Any]:
+    """The fields of a `training_args.bin`, which is a pickle: only the kinds that the Trainer writes are let in."""
+    allowed = [TrainingArguments, OptimizerNames]
+    for module in (transformers.trainer_utils, transformers.trainer_pt_utils, transformers.training_args, accelerate.state,
+                   accelerate.utils.dataclasses):  # fmt: skip
+        allowed += [
+            kind for name, kind in vars(module).items()
+            if isinstance(kind, type) and (name.endswith(("Strategy", "Config", "Type", "State")))
+        ]
+    with torch.serialization.safe_globals(allowed):
+        args = torch.load(path, weights_only=True, map_location="cpu")
+    return {field.name: getattr(args, field.name, None) for field in dataclasses.fields(args) if field.init}
 
 
 # ---- torch ------------------------------------------------------------------------------------------------------------

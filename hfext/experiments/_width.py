@@ -24,9 +24,9 @@ class MLP(nn.Module):
         return self.output(self.hidden(self.input(x).relu()).relu())
 
 
-def llama_config(width: int, tied: bool = False) -> transformers.LlamaConfig:
-    """One layer, heads of size 16, vocabulary 64: the number of heads grows with the width."""
-    return transformers.LlamaConfig(
+def llama(width: int, seed: int = 0, tied: bool = False, std: float = 0.02) -> transformers.LlamaForCausalLM:
+    """One layer, vocabulary 64, heads of size 16 whose number grows with the width; initial weights of spread `std`."""
+    config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=width,
         intermediate_size=2 * width,
@@ -35,18 +35,14 @@ def llama_config(width: int, tied: bool = False) -> transformers.LlamaConfig:
         num_key_value_heads=width // 16,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
-        # At the usual 0.02 models this narrow are so close to zero that their attention does nothing.
-        initializer_range=0.05,
+        initializer_range=std,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-
-
-def llama(width: int, seed: int = 0, tied: bool = False) -> transformers.LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.LlamaForCausalLM(llama_config(width, tied))
+        return transformers.LlamaForCausalLM(config)
 
 
 def slope(widths: Sequence[int], values: Sequence[float]) -> float:

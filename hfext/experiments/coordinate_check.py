@@ -59,7 +59,8 @@ def outputs(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> dict[st
     def keep(name):
         return lambda module, args, output: found.__setitem__(name, output.detach().clone())
 
-    hooks = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    hooks = [m.register_forward_hook(keep(name)) for name, m in layers]
     try:
         with torch.no_grad():
             forward(model)
@@ -132,9 +133,8 @@ def run(config: Config, out: Path) -> dict:
             slopes.setdefault((case, name), {})[method] = slope(config.widths, values)
         artifacts.append(f"{case}-{method}.png".replace(", ", "-").replace(" ", "_"))
         series = {name: (config.widths, values, None) for name, values in moved.items()}
-        _plots.lines(
-            out / artifacts[-1], series, "width", "mean |change of output|", f"{case}, {method}", logx=True, logy=True
-        )
+        title = f"{case}, {method}"
+        _plots.lines(out / artifacts[-1], series, "width", "mean |change of output|", title, logx=True, logy=True)
     worst = {method: max(abs(by[method]) for by in slopes.values()) for method in METHODS}
     return {
         "evidence": {

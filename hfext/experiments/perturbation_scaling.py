@@ -136,7 +136,8 @@ def cases(config: Config):
         for tied in (False, True):
             yield (
                 f"Llama, {'tied' if tied else 'untied'}",
-                lambda width, seed, tied=tied: llama(width, seed, tied),
+                # At the usual std of 0.02 models this narrow are so close to zero that their attention does nothing.
+                lambda width, seed, tied=tied: llama(width, seed, tied, std=0.05),
                 lambda model: model(input_ids=ids, labels=ids).loss,
             )
 

@@ -201,7 +201,7 @@ def run(config: Config, out: Path) -> dict:
             "claim": "The joint optimum of (lr, rho) transfers over width in muP2, and neither in standard "
             "parametrisation nor in muP with a global perturbation.",
             "paper": "MLP, ResNet, ViT: joint transfer with muP2 only (abstract)",
-            "metric": f"shift of the optimum from width {config.base_width} to {widths[-1]}, octaves of lr plus of rho",
+            "metric": f"shift of the optimum, octaves of lr plus of rho, width {config.base_width} to {widths[-1]}",
             "setting": f"3-layer MLP, {config.images} digits, {config.noise:.0%} wrong labels, "
             f"{config.steps} updates, widths {', '.join(map(str, widths))}",
             "method": "muP2",
@@ -213,8 +213,7 @@ def run(config: Config, out: Path) -> dict:
             "baseline_sd": None,
             "reproduced": shift["muP2"] <= 1 and all(shift[m] > shift["muP2"] for m in others),
             "note": f"muP + SAM {shift['muP + SAM']:.2f}; runs in a cell {', '.join(map(str, config.seeds))}; "
-            "accuracy lost by not tuning again: "
-            + ", ".join(f"{m} {lost[m]:.3f}" for m in METHODS),
+            "accuracy lost by not tuning again: " + ", ".join(f"{m} {lost[m]:.3f}" for m in METHODS),
         },
         "tables": {"optimum over width": rows},
         "artifacts": ["width-transfer.png"],

@@ -9,7 +9,7 @@ How to choose (cost: gradient evaluations an update):
 
 from ..registry import collect
 from . import asam, bisam, ignite, mup, mup_sam, sam, sam_on, sampa
-from ._install import install
+from ._install import install, portable_training_args
 from ._sam_step import sam_step
 from ._driver import SharpnessAwareMixin
 from .asam import ASAM

@@ -8,6 +8,7 @@ second gradient alone. A closure given to `optimizer.step` and a callback both c
 """
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -228,6 +229,40 @@ def _train(original):
     return train
 
 
+def _save(original):
+    def save(self, output_dir):
+        original(self, output_dir)
+        optimizer = two_pass_optimizer(self)
+        # optimizer.pt is written by one process; what differs between processes goes beside it, as the Trainer does
+        # with the state of the generators.
+        if optimizer is not None and self.args.world_size > 1 and optimizer.rank_state():
+            os.makedirs(output_dir, exist_ok=True)
+            torch.save(optimizer.rank_state(), _rank_file(output_dir, self.args.process_index))
+
+    return save
+
+
+def _load(original):
+    def load(self, checkpoint):
+        original(self, checkpoint)
+        optimizer, world = two_pass_optimizer(self), self.args.world_size
+        if optimizer is None or checkpoint is None or world == 1 or not optimizer.rank_state():
+            return
+        # Every process must decide alike, or they would wait for each other in the next update.
+        same_world = all(os.path.isfile(_rank_file(checkpoint, i)) for i in range(world))
+        if same_world and not os.path.isfile(_rank_file(checkpoint, world)):
+            own = torch.load(_rank_file(checkpoint, self.args.process_index), weights_only=True, map_location="cpu")
+            optimizer.load_rank_state(own)
+        else:
+            optimizer.load_rank_state(None)
+
+    return load
+
+
+def _rank_file(folder, rank: int) -> str:
+    return os.path.join(folder, f"hfext_state_{rank}.pt")
+
+
 def _step(original):
     def step(self, model, inputs, num_items_in_batch=None):
         return training_step(original, self, model, inputs, num_items_in_batch)
@@ -248,5 +283,7 @@ def install() -> None:
     patch_method(Trainer, "training_step", _step)
     patch_method(Trainer, "log", _log)
     patch_method(Trainer, "train", _train)
+    patch_method(Trainer, "_save_optimizer_and_scheduler", _save)
+    patch_method(Trainer, "_load_optimizer_and_scheduler", _load)
     for name in ("evaluate", "predict", "save_model"):
         patch_method(Trainer, name, _at_trained_weights)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 from typing import Any
 
 import torch
@@ -101,3 +102,13 @@ def install(methods: list[Method]) -> None:
 
     compat.patch_method(TrainingArguments, "__post_init__", checked)
     compat.patch_method(TrainingArguments, "set_optimizer", checked_set)
+
+
+def portable_training_args(path: str) -> dict[str, Any]:
+    """The fields of a checkpoint's `training_args.bin` as JSON types.
+
+    The file is a pickle that names the optimizer by value, so it loads only where `hfext` was imported. This reads it
+    without running anything it holds; write the result as JSON to take it elsewhere.
+    """
+    fields = compat.read_training_args(path)
+    return json.loads(json.dumps(fields, default=lambda x: x.to_dict() if hasattr(x, "to_dict") else str(x)))

@@ -203,6 +203,13 @@ class TwoPassOptimizer(torch.optim.Optimizer):
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         """Take back `extra_state`. Called before anything else is loaded; raises `ValueError` on bad content."""
 
+    def rank_state(self) -> dict[str, Any]:
+        """What differs between processes and must be saved by each."""
+        return {}
+
+    def load_rank_state(self, state: dict[str, Any] | None) -> None:
+        """Take back `rank_state`; None when the checkpoint was made by another number of processes."""
+
     def state_dict(self) -> dict[str, Any]:
         if self.is_perturbed:
             raise RuntimeError("state_dict was called in the middle of a two-pass update.")

@@ -201,6 +201,16 @@ class SAMPa(AscentOptimizer):
         self._stale = [g.to(p.device) if g.numel() else None for p, g in zip(params, stale, strict=True)]
         self.previous = extra["previous"]
 
+    def rank_state(self):
+        return {key: value for key, value in self.extra_state().items() if key == "previous"}
+
+    def load_rank_state(self, state):
+        if state is None:
+            logger.warning("SAMPa: resumed with another number of processes; the first update is the base optimizer's.")
+            self._stale, self.previous = None, []
+        else:
+            self.previous = state["previous"]
+
 
 METHOD = Method(
     name="sampa",

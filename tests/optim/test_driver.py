@@ -325,7 +325,11 @@ def test_raw_loop_equals_sam_by_hand():
 
 def test_raw_loop_with_accelerate():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
 
+    # Accelerate keeps its state for the whole process, and an earlier Trainer may have left it in mid-accumulation.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     accelerator, net = Accelerator(cpu=True), Net()
     net, optimizer = accelerator.prepare(net, SharpnessAware(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.3))
     part = vectors()[:4]

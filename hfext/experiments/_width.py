@@ -25,7 +25,7 @@ class MLP(nn.Module):
 
 
 def llama(width: int, seed: int = 0, tied: bool = False, std: float = 0.02) -> transformers.LlamaForCausalLM:
-    """One layer, vocabulary 64, heads of size 16 whose number grows with the width; initial weights of spread `std`."""
+    """One layer, vocabulary 64, more heads of size 16 with the width; `std` is the spread of initial weights."""
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=width,

@@ -141,8 +141,8 @@ def run(config: Config, out: Path) -> dict:
             "claim": "In muP a step changes every activation by an amount that does not depend on width.",
             "paper": "coordinate check: activations move alike at every width in muP, and blow up in standard form",
             "metric": "largest |log-log slope| over width of a layer's mean change of output",
-            "setting": f"{len(slopes)} layers of an MLP (SGD) and a Llama (AdamW; tied, untied), {config.steps} steps, "
-            f"widths {', '.join(map(str, config.widths))}",
+            "setting": f"{len(slopes)} layers of an MLP (SGD) and a Llama (AdamW; tied, untied), {config.steps} "
+            f"steps, widths {', '.join(map(str, config.widths))}",
             "method": "muP",
             "ours": worst["muP"],
             "ours_sd": None,

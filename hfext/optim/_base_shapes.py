@@ -73,6 +73,8 @@ def set_base_shapes(
         found[name] = p.hf_infshape = InfShape(len(infinite), ratios.get(fan_in, 1.0), ratios.get(fan_out, 1.0))
     if delta is not None and not any(shape.ninf for shape in found.values()):
         raise ValueError("No dimension is infinite: base and delta have the same shapes. Make delta wider than base.")
+    # Copies of a parameter lose its attributes; copies of the model keep this.
+    model.hfext_base_shapes = found
     return found
 
 
@@ -80,10 +82,10 @@ def infshapes(params: Iterable[Tensor], model: nn.Module | None = None) -> list[
     """The width ratios of `params`; `ValueError` when one has none. A copied model finds them by name."""
     params = list(params)
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-    mup = None if model is None else vars(model).get("hfext_mup")
+    known = {} if model is None else vars(model).get("hfext_base_shapes", {})
     for p in params:
-        if "hf_infshape" not in vars(p) and mup is not None and names.get(id(p)) in mup.shapes:
-            p.hf_infshape = mup.shapes[names[id(p)]]
+        if "hf_infshape" not in vars(p) and names.get(id(p)) in known:
+            p.hf_infshape = known[names[id(p)]]
     missing = [
         names.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in params if "hf_infshape" not in vars(p)
     ]

@@ -9,6 +9,7 @@ second gradient alone. A closure given to `optimizer.step` and a callback both c
 
 import contextlib
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,8 +121,22 @@ def _substitute(trainer, objective):
 
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
         batch = {**inputs} if isinstance(inputs, Mapping) else inputs
-        loss, outputs = original(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs)
-        value = objective(trainer, model, batch, outputs, num_items_in_batch)
+        if not vars(trainer).get("_hfext_own_forward"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                loss, outputs = original(
+                    model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+                )
+            value = objective(trainer, model, batch, outputs, num_items_in_batch)
+            # TRL's SFTTrainer recomputes the logits without a graph, for metrics alone.
+            trainer._hfext_own_forward = not value.requires_grad
+        if trainer._hfext_own_forward:
+            before = rng_state()
+            with torch.no_grad():
+                loss = original(model, {**batch}, num_items_in_batch=num_items_in_batch, **kwargs)
+            set_rng_state(before)
+            outputs = model(**{key: x for key, x in batch.items() if key not in ("labels", "shift_labels")})
+            value = objective(trainer, model, batch, outputs, num_items_in_batch)
         loss = value + (loss - value).detach()
         return (loss, outputs) if return_outputs else loss
 

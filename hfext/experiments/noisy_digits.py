@@ -72,12 +72,12 @@ class Config:
     noise: float = 0.4
     epochs: int = 30
     batch_size: int = 64
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: str = "cosine"
     hidden: int = 512
-    norm: Literal["none", "layer", "batch"] = "none"
+    norm: Literal["none", "layer", "batch"] = "layer"
     hessian: bool = True
     flip_rhos: list[float] = field(default_factory=lambda: [0.05])
     flip_epochs: list[int] = field(default_factory=list)
@@ -344,6 +344,8 @@ def _evidence(config: Config, by_entry, flipped: list[dict]) -> dict[str, Any]:
     p = _p_value(ours, base)
     note = f"{what}: {ours.mean():.2f} against {base.mean():.2f}, difference {difference.mean():+.2f}"
     note += f", paired t-test p={p:.2g}, ahead in {int((difference > 0).sum())} of {len(ours)} seeds."
+    others = [e for e in by_entry if parse_entry(e)[0] == config.baseline][1:] if config.metric != "flipped" else []
+    note += "".join(f" {e}: {100 * np.mean([r['last'] for r in by_entry[e]]):.2f}." for e in others)
     reproduced = bool(difference.mean() > 0 and p < 0.05)
     if config.metric == "speed":
         ours = np.array(_ratio(_named(by_entry, config.method), _named(by_entry, config.baseline)))

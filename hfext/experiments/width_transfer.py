@@ -6,6 +6,7 @@ a grid is the mean place, in octaves, of the cells that are nearly as accurate a
 hops along a ridge with the seed. A grid whose best cell lies on its edge grows there. At the base width all are one.
 """
 
+import functools
 import math
 import statistics
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
@@ -79,11 +81,16 @@ class Config:
                 raise ValueError(f"width_transfer: {field} is {getattr(self, field)!r} but must be {what}.")
 
 
+@functools.cache
+def images() -> tuple[Tensor, Tensor]:
+    """All digits [n, 64] and their labels [n], in a fixed order."""
+    parts = load_digits()
+    return torch.cat([part.pixel_values for part in parts]), torch.cat([part.labels for part in parts])
+
+
 def train(config: Config, method: str, width: int, lr: float, rho: float, seed: int) -> float:
     """Accuracy on clean test images after one run."""
-    train_set, test_set = load_digits()
-    x = torch.cat([train_set.pixel_values, test_set.pixel_values])
-    y = torch.cat([train_set.labels, test_set.labels])
+    x, y = images()
     n = config.images
     labels = corrupt(y[:n], config.noise, seed)
     model = MLP(width, seed)

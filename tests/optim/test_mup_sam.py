@@ -79,7 +79,10 @@ def test_the_formulas_against_brute_force():
     a = [s.multiplier for s in shapes]
     m = [s.fan_out / s.fan_in for s in shapes]
     w = [g / x for g, x in zip(grads, a, strict=True)]
-    norm = lambda scales: sum((s * g).square().sum() for s, g in zip(scales, w, strict=True)).sqrt()  # noqa: E731
+
+    def norm(scales):
+        return sum((s * g).square().sum() for s, g in zip(scales, w, strict=True)).sqrt()
+
     expected = {
         ("layerwise", "dual"): [x * g / norm([y**0.5 for y in m]) / z for x, g, z in zip(m, w, a, strict=True)],
         ("layerwise", "literal"): [2 * x * g / norm(m) / z for x, g, z in zip(m, w, a, strict=True)],
@@ -141,32 +144,30 @@ def tiny(kind, tied, width=32):
     torch.manual_seed(0)
     ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=tied, vocab_size=128)
     if kind == "gpt2":
-        config = GPT2Config(n_embd=width, n_layer=1, n_head=4, n_positions=32, **ids)
+        off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        config = GPT2Config(n_embd=width, n_layer=1, n_head=4, n_positions=32, **off, **ids)
         return GPT2LMHeadModel(config), GPT2Config(**{**config.to_dict(), "n_embd": 16})
-    make = lambda n: LlamaConfig(
-        hidden_size=n, intermediate_size=2 * n, num_hidden_layers=1, num_attention_heads=n // 8, **ids
-    )  # noqa: E731
-    return LlamaForCausalLM(make(width)), make(16)
+    configs = [
+        LlamaConfig(hidden_size=n, intermediate_size=2 * n, num_hidden_layers=1, num_attention_heads=n // 8, **ids)
+        for n in (width, 16)
+    ]
+    return LlamaForCausalLM(configs[0]), configs[1]
 
 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_by_name_in_the_trainer(kind, tied, base, tmp_path):
-    """The Trainer's run is a hand-written one: muP groups, clipping of the descent gradient, decay of matrices alone."""
+    """The Trainer's run is a hand-written one: muP groups, clipping of the descent gradient, matrices alone decay."""
     model, base_config = tiny(kind, tied)
-    model.config.use_cache = False
+    # In float64, since Adam turns the rounding of a vanishing gradient into a step.
+    model.double()
     mup.apply(model, base_config)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    if kind == "gpt2":
-        model.transformer.h[0].attn.config.attn_pdrop = 0.0
     by_hand = copy.deepcopy(model)
     lr, data = 0.01, language_data(4)
     job = run_training(
-        model, "mup_sam", f"rho=0.05,base={base}", tmp_path, data=data, max_steps=2, learning_rate=lr, weight_decay=0.1,
-        lr_scheduler_type="constant",
+        model, "mup_sam", f"rho=0.05,base={base}", tmp_path, data=data, max_steps=2, learning_rate=lr,
+        weight_decay=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     no_decay = {n for n, _ in model.named_parameters()} - set(job.get_decay_parameter_names(model))
     kind_of = "sgd" if base == "sgd" else "adam"
@@ -185,8 +186,8 @@ def test_by_name_in_the_trainer(kind, tied, base, tmp_path):
     by_hand.train()
     for _ in range(2):
         sam_step(optimizer, both, before_step=lambda: nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5))
-    assert (flat(model) - flat(by_hand)).abs().max() < 2e-6
-    assert (flat(model) - flat(tiny(kind, tied)[0])).abs().max() > 1e-4
+    assert (flat(model) - flat(by_hand)).abs().max() < 1e-6
+    assert (flat(model) - flat(tiny(kind, tied)[0])).abs().max() > 1e-3
 
 
 def test_resume_is_bitwise_in_mup(tmp_path):
@@ -241,12 +242,12 @@ def test_experiments_refuse_bad_fields(module):
 
 def test_the_transfer_experiment_runs_and_grows_its_grid(tmp_path):
     config = width_transfer.Config(
-        widths=(16, 32), base_width=16, lr_octaves=(-5, -4), rho_octaves=(-4, -3), seeds=(1, 1), grow=1, steps=6
+        widths=(16, 32), base_width=16, lr_octaves=(-5, -4), rho_octaves=(-4, -3), seeds=(1, 1), grow=1, steps=3
     )
     record = width_transfer.run(config, tmp_path)
     rows = record["tables"]["optimum over width"]
     assert [(r["method"], r["width"]) for r in rows] == [(m, w) for m in width_transfer.METHODS for w in (16, 32)]
-    assert len({tuple(r["grids"]) if "grids" in r else r["best accuracy"] for r in rows if r["width"] == 16}) == 1
+    assert len({r["best accuracy"] for r in rows if r["width"] == 16}) == 1
     assert len(record["grids"]["SP + SAM, width 16"]) > 4
     assert (tmp_path / "width-transfer.png").stat().st_size > 1000
     ridge = {(0, 0): [0.5], (1, 0): [0.9], (2, 1): [0.89], (3, 3): [0.2]}

@@ -108,7 +108,7 @@ def test_seq2seq_trainer(optim, tiny_t5, tmp_path):
         )  # fmt: skip
         # T5 takes the mean over each micro-batch whatever the update holds, so its rows must have labels alike.
         data = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in language_data(16)]
-        job = Seq2SeqTrainer(tiny_t5(dropout_rate=0.0), args=args, train_dataset=data)
+        job = Seq2SeqTrainer(tiny_t5(dropout_rate=0.0).double(), args=args, train_dataset=data)
         job.train()
         return job.model
 

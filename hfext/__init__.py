@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from . import optim
+from . import optim, training
 
-__all__ = ["optim"]
+__all__ = ["optim", "training"]

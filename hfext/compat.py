@@ -24,7 +24,7 @@ from transformers.training_args import OptimizerNames
 CHECKED_TRANSFORMERS = "5.17 to 5.23"
 CHECKED_TORCH = "2.11 to 2.13"
 
-# ---- names in enums ---------------------------------------------------------------------------------------------------
+# ---- names in enums -------------------------------------------------------------------------------------------------
 
 
 def add_enum_member(enum: type, value: str) -> Any:
@@ -94,7 +94,7 @@ def stock_optimizer(context: Any, name: str, optim_args: dict[str, str]) -> tupl
     return cls, kwargs, noted.seen
 
 
-# ---- the Trainer ------------------------------------------------------------------------------------------------------
+# ---- the Trainer ----------------------------------------------------------------------------------------------------
 
 
 def patch_method(cls: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
@@ -156,6 +156,16 @@ def loss_shifts_labels(trainer: Trainer) -> bool:
     return trainer._loss_shifts_labels
 
 
+def was_loaded(model: torch.nn.Module) -> bool:
+    """Whether `from_pretrained` filled any parameter: transformers marks those."""
+    return any(vars(p).get("_is_hf_initialized") for p in model.parameters())
+
+
+def decayed_parameters(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters to which a Trainer gives weight decay. The method reads nothing of the Trainer."""
+    return set(Trainer.get_decay_parameter_names(None, model))
+
+
 def keep_column(trainer: Trainer, column: str) -> None:
     """Keep a dataset column that the model's forward does not name."""
     trainer._set_signature_columns_if_needed()
@@ -166,10 +176,11 @@ def keep_column(trainer: Trainer, column: str) -> None:
 def read_training_args(path: Any) -> dict[str, Any]:
     """The fields of a `training_args.bin`, which is a pickle: only the kinds that the Trainer writes are let in."""
     allowed = [TrainingArguments, OptimizerNames]
-    for module in (transformers.trainer_utils, transformers.trainer_pt_utils, transformers.training_args, accelerate.state,
-                   accelerate.utils.dataclasses):  # fmt: skip
+    owners = [transformers.trainer_utils, transformers.trainer_pt_utils, transformers.training_args]
+    for module in (*owners, accelerate.state, accelerate.utils.dataclasses):
         allowed += [
-            kind for name, kind in vars(module).items()
+            kind
+            for name, kind in vars(module).items()
             if isinstance(kind, type) and (name.endswith(("Strategy", "Config", "Type", "State")))
         ]
     with torch.serialization.safe_globals(allowed):
@@ -177,7 +188,7 @@ def read_training_args(path: Any) -> dict[str, Any]:
     return {field.name: getattr(args, field.name, None) for field in dataclasses.fields(args) if field.init}
 
 
-# ---- torch ------------------------------------------------------------------------------------------------------------
+# ---- torch ----------------------------------------------------------------------------------------------------------
 
 
 def optimizer_hook_tables(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -197,7 +208,7 @@ def full_tensor(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-# ---- what `hfext doctor` looks at -------------------------------------------------------------------------------------
+# ---- what `hfext doctor` looks at -----------------------------------------------------------------------------------
 
 
 def _has(owner: Any, *names: str) -> Callable[[], None]:
@@ -210,25 +221,48 @@ def _has(owner: Any, *names: str) -> Callable[[], None]:
 
 
 CHECKS: list[tuple[str, str, Callable[[], None]]] = [
-    ("optimizer names", f"transformers {CHECKED_TRANSFORMERS}", _has(OptimizerNames, "_value2member_map_", "_member_map_")),
-    ("optimizer handlers", f"transformers {CHECKED_TRANSFORMERS}", _has(trainer_optimizer, "_OPTIMIZER_HANDLERS", "OptimizerContext")),
+    (
+        "optimizer names",
+        f"transformers {CHECKED_TRANSFORMERS}",
+        _has(OptimizerNames, "_value2member_map_", "_member_map_"),
+    ),
+    (
+        "optimizer handlers",
+        f"transformers {CHECKED_TRANSFORMERS}",
+        _has(trainer_optimizer, "_OPTIMIZER_HANDLERS", "OptimizerContext"),
+    ),
     (
         "Trainer hooks",
         f"transformers {CHECKED_TRANSFORMERS}",
         _has(
             Trainer,
-            "training_step", "compute_loss", "_prepare_inputs", "log", "evaluate", "save_model",
-            "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler", "_set_signature_columns_if_needed",
+            "training_step",
+            "compute_loss",
+            "_prepare_inputs",
+            "log",
+            "evaluate",
+            "save_model",
+            "_save_optimizer_and_scheduler",
+            "_load_optimizer_and_scheduler",
+            "_set_signature_columns_if_needed",
         ),
     ),
-    ("TrainingArguments hooks", f"transformers {CHECKED_TRANSFORMERS}", _has(TrainingArguments, "__post_init__", "set_optimizer")),
+    (
+        "TrainingArguments hooks",
+        f"transformers {CHECKED_TRANSFORMERS}",
+        _has(TrainingArguments, "__post_init__", "set_optimizer"),
+    ),
     ("optimizer hook tables", f"torch {CHECKED_TORCH}", _has(torch.optim.Optimizer, "register_step_pre_hook")),
-    ("foreach kernels", f"torch {CHECKED_TORCH}", _has(torch, "_foreach_norm", "_foreach_add_", "_foreach_copy_", "_foreach_sub")),
+    (
+        "foreach kernels",
+        f"torch {CHECKED_TORCH}",
+        _has(torch, "_foreach_norm", "_foreach_add_", "_foreach_copy_", "_foreach_sub"),
+    ),
 ]
 VERSIONS = {"transformers": transformers.__version__, "torch": torch.__version__}
 
 
-# ---- checkpoints and data ------------------------------------------------------------------------------------------
+# ---- checkpoints and data -------------------------------------------------------------------------------------------
 
 
 class CheckpointMixin:

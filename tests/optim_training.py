@@ -10,12 +10,23 @@ def language_data(n=20, length=10, vocab=128):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, vocab, (length,), generator=generator) for _ in range(n)]
     return [
-        {"input_ids": x, "labels": x.clone().masked_fill(torch.arange(length) < i % 7, -100)} for i, x in enumerate(rows)
+        {"input_ids": x, "labels": x.clone().masked_fill(torch.arange(length) < i % 7, -100)}
+        for i, x in enumerate(rows)
     ]
 
 
 def run_training(
-    model, optim, optim_args, out, *, data=None, trainer=Trainer, resume=None, callbacks=None, eval_dataset=None, **options
+    model,
+    optim,
+    optim_args,
+    out,
+    *,
+    data=None,
+    trainer=Trainer,
+    resume=None,
+    callbacks=None,
+    eval_dataset=None,
+    **options,
 ):
     """The Trainer after its run. Linear schedule and clipping are on."""
     logging.set_verbosity_error()

@@ -10,11 +10,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
-
 GIVEN = tuple("Amara Bruno Celeste Dmitri Esther Farid Greta Hiro Ingrid Joaquim Keziah Leif Marisol Nadir".split())
 GIVEN += tuple("Odette Pavel Quinn Rosalind Saskia Tomas Uma Viktor Wanjiru Yusuf".split())
 HEADS = "Bel Cor Dra Fen Gar Hol Jes Kar Lum Mor Nar Ost Pel Rav Sel Tor Ul Ven Wex Zan".split()

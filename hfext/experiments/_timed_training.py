@@ -27,21 +27,37 @@ class UpdateTimes(TrainerCallback):
         self.seconds.append(self.clock() - self.start)
 
 
-def trainer(optim: str, optim_args: str | None, rows: int, steps: int, *, hidden=128, layers=4, vocab=512, length=64, clock):
+def trainer(
+    optim: str, optim_args: str | None, rows: int, steps: int, *, hidden=128, layers=4, vocab=512, length=64, clock
+):
     """A Trainer that is ready to train, and the callback that will hold its times."""
     logging.set_verbosity_error()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=length,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=length,
+    )
     data = [{"input_ids": x, "labels": x} for x in torch.randint(3, vocab, (256, length))]
     times = UpdateTimes(clock)
     args = TrainingArguments(
-        tempfile.mkdtemp(prefix="hfext-bench-"), optim=optim, optim_args=optim_args, per_device_train_batch_size=rows,
-        max_steps=steps, learning_rate=1e-3, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        use_cpu=True, dataloader_drop_last=True,
-    )  # fmt: skip
+        tempfile.mkdtemp(prefix="hfext-bench-"),
+        optim=optim,
+        optim_args=optim_args,
+        per_device_train_batch_size=rows,
+        max_steps=steps,
+        learning_rate=1e-3,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_drop_last=True,
+    )
     return Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=data, callbacks=[times]), times
 
 

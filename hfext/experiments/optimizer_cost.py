@@ -1,4 +1,4 @@
-"""What two passes cost: time of an update, weights held in memory and bytes in a checkpoint, against the base optimizer.
+"""What two passes cost: time of an update, copies of the weights and bytes in a checkpoint, against the base.
 
 Times are CPU seconds on one thread. The optimizers take turns, update by update is timed, and the ratio of medians is
 reported, so that a change of the machine's speed meets all of them.

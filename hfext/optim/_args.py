@@ -20,7 +20,9 @@ def split(text: str | None) -> dict[str, str]:
             continue
         key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not key or not value or "=" in value:
-            raise ValueError(f"optim_args: {entry.strip()!r} is not of the form key=value (entries are split at commas).")
+            raise ValueError(
+                f"optim_args: {entry.strip()!r} is not of the form key=value (entries are split at commas)."
+            )
         if key in options:
             raise ValueError(f"optim_args: {key!r} is given twice.")
         options[key] = value
@@ -57,7 +59,9 @@ def base_name(name: str, known: list[str], own: list[str]) -> str:
     """The stock name of a base optimizer; layer-wise ones and our own are refused."""
     stock = ALIASES.get(name, name)
     if stock in own:
-        raise ValueError(f"optim_args: base={name!r} is itself a two-pass optimizer. Use a stock one, such as base=adamw.")
+        raise ValueError(
+            f"optim_args: base={name!r} is itself a two-pass optimizer. Use a stock one, such as base=adamw."
+        )
     if stock not in known:
         raise ValueError(f"optim_args: base={name!r} is not an optimizer name. {suggest(name, [*ALIASES, *known])}")
     if stock.endswith("layerwise") or stock in ("lomo", "adalomo"):

@@ -1,7 +1,7 @@
 """`AscentOptimizer`: what the sharpness-aware family shares. A method gives only the direction of its perturbation.
 
-    e = rho * d / (n + eps)     with d, n = direction(params, grads of the ascent objective)
-    gradient for the step = grad L(w + e), taken with w restored
+e = rho * d / (n + eps)     with d, n = direction(params, grads of the ascent objective)
+gradient for the step = grad L(w + e), taken with w restored
 """
 
 import math
@@ -154,6 +154,6 @@ class AscentOptimizer(TwoPassOptimizer):
                 cosine = self.metrics["sam/perturb_cosine"] = dot / size if size else 0.0
                 if cosine < 0.9:
                     logger.warning_once(
-                        f"Rounding to {params[0].dtype} leaves a perturbation with cosine {cosine:.2f} to the intended "
+                        f"Rounding to {params[0].dtype} leaves a perturbation of cosine {cosine:.2f} to the intended "
                         "one. Train float32 weights with bf16=True, or set optim_args='perturb=stochastic'."
                     )

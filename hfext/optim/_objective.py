@@ -48,12 +48,16 @@ def predictions(trainer: Any, model: Any, inputs: Any, outputs: Any, who: str) -
     logits = outputs.get("logits") if hasattr(outputs, "get") else None
     if logits is None:
         raise ValueError(
-            f"{who}: the outputs have no `logits`: a fused linear-cross-entropy loss keeps them to itself. Turn it off "
-            "(use_liger_kernel=False; in TRL a `loss_type` that returns logits), or use optim='sam'."
+            f"{who}: the outputs have no `logits`: a fused linear-cross-entropy loss keeps them to itself. Turn it "
+            "off (use_liger_kernel=False; in TRL a `loss_type` that returns logits), or use optim='sam'."
         )
     config = getattr(trainer.accelerator.unwrap_model(model), "config", None)
     problem = getattr(config, "problem_type", None)
-    if problem == "regression" or logits.shape[-1] == 1 or (labels.is_floating_point() and labels.shape != logits.shape):
+    if (
+        problem == "regression"
+        or logits.shape[-1] == 1
+        or (labels.is_floating_point() and labels.shape != logits.shape)
+    ):
         return [Prediction("regression", logits.squeeze(-1), labels.reshape(logits.squeeze(-1).shape))]
     if labels.is_floating_point() or problem == "multi_label_classification":
         return [Prediction("multilabel", logits, labels)]

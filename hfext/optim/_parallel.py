@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ._driver import MicroBatch, TrainerPasses, Update, evaluate
-from ._passes import plain, rng_state, set_rng_state
+from ._passes import rng_state, set_rng_state
 
 
 class Pairs:
@@ -104,12 +104,18 @@ def _exchange(trainer, optimizer, model, passes, update: Update) -> None:
     dtype = torch.promote_types(params[0].dtype, torch.float32)
     loss = torch.as_tensor(update.loss, dtype=dtype, device=params[0].device)
     flags = torch.tensor([p.grad is not None for p in params], dtype=dtype, device=params[0].device)
-    halves = [torch.zeros_like(p, dtype=dtype).flatten() if p.grad is None else p.grad.flatten().to(dtype) / 2 for p in params]
+    halves = [
+        torch.zeros_like(p, dtype=dtype).flatten() if p.grad is None else p.grad.flatten().to(dtype) / 2
+        for p in params
+    ]
     g_x, g_n = pairs.share(torch.cat([*halves, flags, loss[None]]))
     optimizer.restore()
     used = (g_x[-len(params) - 1 : -1] + g_n[-len(params) - 1 : -1] > 0).tolist()
     sizes = [p.numel() for p in params]
-    unpack = [[v.view_as(p).to(p.dtype) for v, p in zip(g[: sum(sizes)].split(sizes), params, strict=True)] for g in (g_x, g_n)]
+    unpack = [
+        [v.view_as(p).to(p.dtype) for v, p in zip(g[: sum(sizes)].split(sizes), params, strict=True)]
+        for g in (g_x, g_n)
+    ]
     model.zero_grad(set_to_none=True)
     keep = [i for i, use in enumerate(used) if use]
     optimizer.settle(

@@ -87,7 +87,9 @@ def sam_step(
         owner = owner or getattr(two_pass, "scaler", None)
         two_pass = vars(two_pass).get("optimizer")
         if two_pass is None:
-            raise TypeError(f"sam_step needs a two-pass optimizer such as SharpnessAware, got {type(optimizer).__name__}.")
+            raise TypeError(
+                f"sam_step needs a two-pass optimizer such as SharpnessAware, got {type(optimizer).__name__}."
+            )
     passes = _ClosurePasses(two_pass, {"loss": closure, "surrogate": surrogate}, batch, model, owner)
     try:
         active = two_pass.begin(max_updates)

@@ -4,7 +4,7 @@ The life of one update, driven by `hfext.optim._driver` inside the Trainer and b
 
     begin()             the method may move the weights (SAMPa) or sit this update out (`every`, `start`, `end`)
     <first pass>        forward and backward of all micro-batches; gradients accumulate in `.grad`
-    finish(passes)      the method reads `.grad`, moves the weights, calls `passes()` to evaluate again, moves them back
+    finish(passes)      reads `.grad`, moves the weights, calls `passes()` to evaluate again, moves them back
     step()              the base optimizer's own step, with the gradient that `finish` left
 
 `param_groups`, `state` and `defaults` are the base optimizer's own objects, so schedulers, gradient clipping and
@@ -56,9 +56,7 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         """With data parallelism: whether the first pass averages its gradient over processes."""
         return self.config.sync
 
-    def __init__(
-        self, base_optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = None, **options: Any
-    ):
+    def __init__(self, base_optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = None, **options: Any):
         # The constructor of torch.optim.Optimizer is not run: it would make groups and state of its own.
         if not isinstance(base_optimizer, torch.optim.Optimizer):
             raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base_optimizer).__name__}.")

@@ -45,13 +45,20 @@ class ASAMConfig(AscentConfig):
 
 
 def asam_direction(
-    params: list[Tensor], grads: list[Tensor], scaled: list[bool], eta: float, mode: str = "elementwise", p: int | str = 2
+    params: list[Tensor],
+    grads: list[Tensor],
+    scaled: list[bool],
+    eta: float,
+    mode: str = "elementwise",
+    p: int | str = 2,
 ) -> Tensor:
-    """Turn `grads` in place into T^2 g (p=2) or T sign(g) (p=inf); returns ||T g|| or 1. `scaled`: which T is not 1."""
+    """Turn `grads` in place into T^2 g (p=2) or T sign(g) (inf); returns ||T g|| or 1. `scaled`: where T is not 1."""
     size = [None] * len(params)
     for i, (w, use) in enumerate(zip(params, scaled, strict=True)):
         if use:
-            size[i] = w.detach().abs().add_(eta) if mode == "elementwise" else torch.linalg.vector_norm(w.detach()) + eta
+            size[i] = (
+                w.detach().abs().add_(eta) if mode == "elementwise" else torch.linalg.vector_norm(w.detach()) + eta
+            )
     if p == "inf":
         for g, t in zip(grads, size, strict=True):
             g.sign_() if t is None else g.sign_().mul_(t)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..compat import was_loaded
 from ..registry import Method, Result
 from ._base_shapes import InfShape, infshapes, set_base_shapes, skeleton
 
@@ -114,8 +115,7 @@ def apply(
         raise ValueError("muP was applied to this model already; applying it again would rescale twice.")
     config = model.config if isinstance(model, PreTrainedModel) else None
     saved = vars(config).get("hfext_mup") if config is not None else None
-    # transformers marks every parameter that `from_pretrained` has filled.
-    if rescale and any(vars(p).get("_is_hf_initialized") for p in model.parameters()):
+    if rescale and was_loaded(model):
         raise ValueError(
             "The weights were loaded from a checkpoint, and muP rescales initial values. Pass rescale=False for "
             "weights that were trained in muP; others have no muP form."

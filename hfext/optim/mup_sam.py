@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
+from ..compat import decayed_parameters
 from ..registry import Method, Result
 from ._ascent import AscentConfig, AscentOptimizer, check
 from ._wrapper import total_norm
@@ -91,8 +91,7 @@ class MuPSAM(AscentOptimizer):
             raise NotImplementedError(
                 f"optim='mup_sam' makes parameter groups of its own, and so does base={base!r}. Use base=adamw."
             )
-        # The method reads nothing of the Trainer; called so, it is the one place that knows which weights decay.
-        decayed = set(Trainer.get_decay_parameter_names(None, model))
+        decayed = decayed_parameters(model)
         return {
             "params": param_groups(
                 model,

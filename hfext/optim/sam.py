@@ -47,7 +47,10 @@ METHOD = Method(
     summary="Steps with the gradient at the worst point of a ball of radius rho around the weights.",
     claim="SAM generalises better than its base optimizer, above all under label noise.",
     headline=Result(
-        metric="test error, %", setting="CIFAR-100, WRN-28-10, 200 epochs, basic augmentation", value="16.5", baseline="18.8"
+        metric="test error, %",
+        setting="CIFAR-100, WRN-28-10, 200 epochs, basic augmentation",
+        value="16.5",
+        baseline="18.8",
     ),
     recipe="optim/sam-mlp-digits.yaml",
 )

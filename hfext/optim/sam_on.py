@@ -51,7 +51,7 @@ class SAMONConfig(AscentConfig):
 
 
 def norm_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters of normalisation layers: by kind of module, or by name where no module is of the kind."""
+    """Names of the parameters of normalisation layers: by kind of module, or by name where none is of the kind."""
     kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
     names = [
         f"{prefix}.{name}" if prefix else name

@@ -51,7 +51,12 @@ class SAMPaConfig(AscentConfig):
         check(self, "lam", 0 <= self.lam <= 1, "in [0, 1]")
         check(self, "lookahead", self.lookahead in ("base", "plain"), "one of base, plain")
         for field, value in {"scope": "update", "every": 1, "start": 0, "end": None, "perturb": "nearest"}.items():
-            check(self, field, getattr(self, field) == value, f"{value!r}: SAMPa carries a gradient from update to update")
+            check(
+                self,
+                field,
+                getattr(self, field) == value,
+                f"{value!r}: SAMPa carries a gradient from update to update",
+            )
 
 
 def sgd_step(p: Tensor, g: Tensor, state: dict, group: dict) -> Tensor:
@@ -192,7 +197,9 @@ class SAMPa(AscentOptimizer):
             self._stale, self.previous = None, []
             return
         params = self.parameters()
-        if len(stale) != len(params) or any(g.numel() and g.shape != p.shape for p, g in zip(params, stale, strict=True)):
+        if len(stale) != len(params) or any(
+            g.numel() and g.shape != p.shape for p, g in zip(params, stale, strict=True)
+        ):
             raise ValueError("Corrupt optimizer state: hfext.stale does not fit the parameters.")
         if "previous" not in extra:
             logger.warning("SAMPa: the checkpoint has no previous batch; the first update is the base optimizer's.")
@@ -206,7 +213,9 @@ class SAMPa(AscentOptimizer):
 
     def load_rank_state(self, state):
         if state is None:
-            logger.warning("SAMPa: resumed with another number of processes; the first update is the base optimizer's.")
+            logger.warning(
+                "SAMPa: resumed with another number of processes; the first update is the base optimizer's."
+            )
             self._stale, self.previous = None, []
         else:
             self.previous = state["previous"]
@@ -227,7 +236,10 @@ METHOD = Method(
     summary="SAM whose two gradients do not depend on each other, so that pairs of processes compute them at once.",
     claim="With two processes an update takes up to half of the time of SAM's.",
     headline=Result(
-        metric="sequential gradients an update", setting="two processes, communication neglected", value="1", baseline="2 (SAM)"
+        metric="sequential gradients an update",
+        setting="two processes, communication neglected",
+        value="1",
+        baseline="2 (SAM)",
     ),
     recipe="optim/sampa-speed.yaml",
 )

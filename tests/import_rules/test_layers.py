@@ -56,7 +56,7 @@ def _allowed(part: str) -> set[str] | None:
     if part in ("registry", "compat", "_fields"):
         return set()
     if part in FAMILIES:
-        return {"registry", "compat", part} | BASES.get(part, set())
+        return {"registry", "compat", "_fields", part} | BASES.get(part, set())
     return None
 
 

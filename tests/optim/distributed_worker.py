@@ -1,14 +1,8 @@
 """Run by `torchrun` from test_distributed.py: the same training in every process, for a list of cases in one start."""
 
-import os
 import sys
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import torch
-
-torch.set_num_threads(1)
-
 import torch.distributed as dist
 from optim_training import flat, language_data, run_training
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -19,9 +13,18 @@ import hfext  # noqa: F401
 def model(dropout=0.0, dtype=torch.float32):
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-    )  # fmt: skip
+        vocab_size=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
     return GPT2LMHeadModel(config).to(dtype)
 
 
@@ -42,9 +45,17 @@ CASES = {
 def run(case, out, **options):
     optim, optim_args, rows, accumulation, dtype, dropout = CASES[case]
     return run_training(
-        model(dropout, dtype), optim, optim_args, out, per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulation, max_steps=4, learning_rate=1e-2, data=language_data(32), **options,
-    )  # fmt: skip
+        model(dropout, dtype),
+        optim,
+        optim_args,
+        out,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        max_steps=4,
+        learning_rate=1e-2,
+        data=language_data(32),
+        **options,
+    )
 
 
 def same_on_all_ranks(vector):
@@ -54,10 +65,15 @@ def same_on_all_ranks(vector):
 
 
 def main(out):
+    torch.set_num_threads(1)
     results = {}
     for case in CASES:
         job = run(case, f"{out}/{case}")
-        results[case] = {"weights": flat(job.model), "same": same_on_all_ranks(flat(job.model)), "log": job.state.log_history}
+        results[case] = {
+            "weights": flat(job.model),
+            "same": same_on_all_ranks(flat(job.model)),
+            "log": job.state.log_history,
+        }
     for case in ("sampa", "sampa_parallel"):  # dropout: each process must get its own noise back
         CASES["resumed"] = (*CASES[case][:5], 0.1)
         straight = run("resumed", f"{out}/straight", save_strategy="steps", save_steps=2)

@@ -8,8 +8,17 @@ from hfext.optim.sampa import SAMPaConfig
 
 
 def test_values_get_the_type_of_their_field():
-    config, base, options = parse("rho=1e-1, eta = 2,mode=layerwise,normalize_bias=true,end=0.5,every=2,base=sgd,base.momentum=0.9", ASAMConfig)
-    assert (config.rho, config.eta, config.mode, config.normalize_bias, config.end, config.every) == (0.1, 2.0, "layerwise", True, 0.5, 2)
+    config, base, options = parse(
+        "rho=1e-1, eta = 2,mode=layerwise,normalize_bias=true,end=0.5,every=2,base=sgd,base.momentum=0.9", ASAMConfig
+    )
+    assert (config.rho, config.eta, config.mode, config.normalize_bias, config.end, config.every) == (
+        0.1,
+        2.0,
+        "layerwise",
+        True,
+        0.5,
+        2,
+    )
     assert base == "sgd" and options == {"momentum": "0.9"}
     assert isinstance(config.start, int)
 

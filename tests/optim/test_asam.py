@@ -39,7 +39,9 @@ def loss_of(net):
 
 def test_rescaling_a_relu_network_changes_nothing_for_asam_and_much_for_sam():
     def after(cls, scale, **options):
-        return perturbation(lambda net: cls(torch.optim.SGD(net.parameters(), lr=0.0), **options), lambda: relu_net(scale), loss_of)
+        return perturbation(
+            lambda net: cls(torch.optim.SGD(net.parameters(), lr=0.0), **options), lambda: relu_net(scale), loss_of
+        )
 
     (e, loss), (e_scaled, loss_scaled) = after(ASAM, 1.0, eta=0.0), after(ASAM, 5.0, eta=0.0)
     assert loss == pytest.approx(loss_scaled, rel=1e-12)
@@ -77,7 +79,9 @@ def test_weights_of_one_size_give_sam_with_a_scaled_radius():
 def test_infinity_norm_moves_every_weight_by_its_size():
     net = relu_net()
     before = [p.detach().clone() for p in net.parameters()]
-    e, _ = perturbation(lambda n: ASAM(torch.optim.SGD(n.parameters(), lr=0.0), rho=0.5, eta=0.01, p="inf"), relu_net, loss_of)
+    e, _ = perturbation(
+        lambda n: ASAM(torch.optim.SGD(n.parameters(), lr=0.0), rho=0.5, eta=0.01, p="inf"), relu_net, loss_of
+    )
     for moved, w in zip(e, before, strict=True):
         moved_at = moved != 0  # a dead unit has no sign
         torch.testing.assert_close(moved[moved_at].abs(), 0.5 * (w.abs() + 0.01)[moved_at])
@@ -94,10 +98,15 @@ def test_biases_scale_only_when_asked():
     asam = ASAM(torch.optim.SGD(net.parameters(), lr=0.1), model=net)
     assert asam.weights_among(list(net.parameters())) == [True, False]
     norm = nn.LayerNorm(4)
-    assert ASAM(torch.optim.SGD(norm.parameters(), lr=0.1), model=norm).weights_among(list(norm.parameters())) == [True, False]
+    assert ASAM(torch.optim.SGD(norm.parameters(), lr=0.1), model=norm).weights_among(list(norm.parameters())) == [
+        True,
+        False,
+    ]
 
 
-@pytest.mark.parametrize("options, message", [({"eta": -1.0}, "eta"), ({"mode": "rowwise"}, "mode"), ({"p": 3}, "p is 3")])
+@pytest.mark.parametrize(
+    "options, message", [({"eta": -1.0}, "eta"), ({"mode": "rowwise"}, "mode"), ({"p": 3}, "p is 3")]
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         ASAM(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), **options)

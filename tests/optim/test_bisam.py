@@ -45,7 +45,9 @@ def test_golden_values():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 9), st.integers(1, 7), st.sampled_from(["tanh", "log"]), st.floats(0.3, 12), st.integers(0, 9999))
+@given(
+    st.integers(2, 9), st.integers(1, 7), st.sampled_from(["tanh", "log"]), st.floats(0.3, 12), st.integers(0, 9999)
+)
 def test_equals_the_paper_term_by_term(classes, rows, surrogate, mu, seed):
     generator = torch.Generator().manual_seed(seed)
     z = (3 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).requires_grad_(True)
@@ -85,7 +87,9 @@ def test_ignored_rows_get_nothing():
 
 def test_badly_wrong_samples_lose_weight_to_those_at_the_boundary():
     z = torch.tensor([[0.0, m] for m in (0.0, 5.0, 10.0, 20.0)], dtype=torch.float64)
-    weight = {s: gradient(z, torch.zeros(4, dtype=torch.long), surrogate=s)[1][:, 1] * 4 for s in ("identity", "log", "tanh")}
+    weight = {
+        s: gradient(z, torch.zeros(4, dtype=torch.long), surrogate=s)[1][:, 1] * 4 for s in ("identity", "log", "tanh")
+    }
     assert weight["identity"][-1] == pytest.approx(1.0)
     assert weight["log"][:3].tolist() == pytest.approx([0.316, 0.0083, 5.7e-5], rel=0.02)
     assert weight["tanh"].tolist() == pytest.approx([0.05, 0.078, 0.042, 0.0071], rel=0.02)
@@ -100,10 +104,15 @@ def test_topk_lets_the_nearest_classes_compete():
 
 def test_multilabel_is_the_two_class_case():
     generator = torch.Generator().manual_seed(0)
-    z, y = torch.randn(5, 3, generator=generator, dtype=torch.float64), torch.randint(0, 2, (5, 3), generator=generator)
+    z, y = (
+        torch.randn(5, 3, generator=generator, dtype=torch.float64),
+        torch.randint(0, 2, (5, 3), generator=generator),
+    )
     pairs = torch.stack([torch.zeros_like(z), z], dim=-1).flatten(0, 1)
     for surrogate in ("tanh", "log", "identity"):
-        torch.testing.assert_close(bisam_multilabel(z, y.double(), surrogate).flatten(), bisam_rows(pairs, y.flatten(), surrogate))
+        torch.testing.assert_close(
+            bisam_multilabel(z, y.double(), surrogate).flatten(), bisam_rows(pairs, y.flatten(), surrogate)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,15 +147,23 @@ def test_bfloat16_gradient_is_close_to_float32():
     assert torch.nn.functional.cosine_similarity(full.flatten(), low.float().flatten(), dim=0) > 0.999
 
 
-# ---- the Trainer -------------------------------------------------------------------------------------------------------
+# ---- the Trainer ----------------------------------------------------------------------------------------------------
 
 
 def bert(cls, labels=3, **fields):
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=labels, initializer_range=0.3, **fields,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=labels,
+        initializer_range=0.3,
+        **fields,
+    )
     return getattr(transformers, f"BertFor{cls}")(config)
 
 
@@ -157,16 +174,27 @@ def rows(make, n=16):
 
 TASKS = {
     "sequence": (lambda: bert("SequenceClassification"), rows(lambda i, x: {"input_ids": x, "labels": i % 3})),
-    "token": (lambda: bert("TokenClassification"), rows(lambda i, x: {"input_ids": x, "labels": torch.where(x % 4 == 0, -100, x % 3)})),
-    "masked_lm": (lambda: bert("MaskedLM"), rows(lambda i, x: {"input_ids": x, "labels": torch.where(x % 3 == 0, x, -100)})),
+    "token": (
+        lambda: bert("TokenClassification"),
+        rows(lambda i, x: {"input_ids": x, "labels": torch.where(x % 4 == 0, -100, x % 3)}),
+    ),
+    "masked_lm": (
+        lambda: bert("MaskedLM"),
+        rows(lambda i, x: {"input_ids": x, "labels": torch.where(x % 3 == 0, x, -100)}),
+    ),
     "multiple_choice": (
-        lambda: bert("MultipleChoice"), rows(lambda i, x: {"input_ids": x.view(4, 2), "labels": i % 4})),
+        lambda: bert("MultipleChoice"),
+        rows(lambda i, x: {"input_ids": x.view(4, 2), "labels": i % 4}),
+    ),
     "question_answering": (
-        lambda: bert("QuestionAnswering", 2), rows(lambda i, x: {"input_ids": x, "start_positions": i % 8, "end_positions": i % 9})),
+        lambda: bert("QuestionAnswering", 2),
+        rows(lambda i, x: {"input_ids": x, "start_positions": i % 8, "end_positions": i % 9}),
+    ),
     "multi_label": (
         lambda: bert("SequenceClassification", problem_type="multi_label_classification"),
-        rows(lambda i, x: {"input_ids": x, "labels": torch.tensor([i % 2, i % 3 == 0, 1.0]).float()})),
-}  # fmt: skip
+        rows(lambda i, x: {"input_ids": x, "labels": torch.tensor([i % 2, i % 3 == 0, 1.0]).float()}),
+    ),
+}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -180,7 +208,9 @@ def test_identity_surrogate_is_sam_in_every_task(task, tmp_path):
     tanh = run_training(build(), "bisam", "rho=0.5,base=sgd", tmp_path, **kwargs)
     assert (flat(sam.model) - flat(bisam.model)).abs().max() < 2e-6
     assert (flat(sam.model) - flat(tanh.model)).abs().max() > 1e-5
-    assert bisam.state.log_history[0]["sam/grad_norm_ascent"] == pytest.approx(sam.state.log_history[0]["sam/grad_norm_ascent"], rel=1e-4)
+    assert bisam.state.log_history[0]["sam/grad_norm_ascent"] == pytest.approx(
+        sam.state.log_history[0]["sam/grad_norm_ascent"], rel=1e-4
+    )
     assert tanh.state.log_history[0]["loss"] == pytest.approx(sam.state.log_history[0]["loss"], abs=1e-6)
 
 
@@ -195,7 +225,10 @@ def test_causal_lm_identity_is_sam(tiny_llama, tmp_path):
     "model, data",
     [
         (lambda: bert("SequenceClassification", 1), rows(lambda i, x: {"input_ids": x, "labels": float(i)})),
-        (lambda: bert("SequenceClassification", problem_type="regression"), rows(lambda i, x: {"input_ids": x, "labels": torch.randn(3)})),
+        (
+            lambda: bert("SequenceClassification", problem_type="regression"),
+            rows(lambda i, x: {"input_ids": x, "labels": torch.randn(3)}),
+        ),
     ],
 )
 def test_regression_has_no_zero_one_loss(model, data, tmp_path):
@@ -222,7 +255,9 @@ def test_own_rows_for_another_loss(tmp_path, tiny_llama):
         return q, torch.ones_like(q, dtype=torch.bool)
 
     optimizer = BiSAM(torch.optim.SGD(model.parameters(), lr=0.1), rows=q_of_first_token)
-    args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
     transformers.Trainer(model, args, train_dataset=language_data(), optimizers=(optimizer, None)).train()
     assert not torch.equal(flat(model), flat(tiny_llama()))
 
@@ -254,7 +289,10 @@ def test_raw_loop_needs_a_surrogate():
     assert sam_step(optimizer, closure, surrogate=surrogate).item() == pytest.approx(loss)
 
 
-@pytest.mark.parametrize("options, message", [({"mu": 0.0}, "mu"), ({"alpha": -1.0}, "alpha"), ({"topk": -1}, "topk"), ({"surrogate": "relu"}, "surrogate")])
+@pytest.mark.parametrize(
+    "options, message",
+    [({"mu": 0.0}, "mu"), ({"alpha": -1.0}, "alpha"), ({"topk": -1}, "topk"), ({"surrogate": "relu"}, "surrogate")],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         BiSAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **options)

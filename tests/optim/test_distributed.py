@@ -23,7 +23,7 @@ def two(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run([*command, worker.__file__, str(out)], capture_output=True, text=True, timeout=300, env=env)
     assert (out / "results.pt").exists(), done.stderr[-3000:]
@@ -34,10 +34,16 @@ def one(case, tmp_path):
     """The same rows in one process: twice as many micro-batches, which is exact for every method."""
     optim, optim_args, rows, accumulation, dtype, _ = worker.CASES[case]
     return run_training(
-        worker.model(dtype=dtype), optim, optim_args.replace(",parallel=true", "").replace("parallel=true,", ""), tmp_path,
-        per_device_train_batch_size=rows, gradient_accumulation_steps=2 * accumulation, max_steps=4, learning_rate=1e-2,
+        worker.model(dtype=dtype),
+        optim,
+        optim_args.replace(",parallel=true", "").replace("parallel=true,", ""),
+        tmp_path,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=2 * accumulation,
+        max_steps=4,
+        learning_rate=1e-2,
         data=language_data(32),  # no ragged last update: two processes would fill it up by repeating rows
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("case", list(worker.CASES))

@@ -50,7 +50,9 @@ def by_hand(net, data, rho, steps, batch, lr=0.1, clip=None, ga=1):
         g = gradient()
         norm = torch.sqrt(sum((v.double() ** 2).sum() for v in g))
         old = [p.detach().clone() for p in params]
-        statistics = copy.deepcopy({k: v for k, v in net.state_dict().items() if "norm." in k and "weight" not in k and "bias" not in k})
+        statistics = copy.deepcopy(
+            {k: v for k, v in net.state_dict().items() if "norm." in k and "weight" not in k and "bias" not in k}
+        )
         with torch.no_grad():
             for p, v in zip(params, g, strict=True):
                 p += (rho / norm * v).to(p.dtype)
@@ -74,8 +76,16 @@ class InOrder(Trainer):
 def test_equals_sam_by_hand_with_clipping_and_schedule(ga, tmp_path):
     data = vectors(32)
     job = run_training(
-        Net(), "sam", "rho=0.3,base=sgd", tmp_path, data=data, trainer=InOrder, max_grad_norm=0.05, max_steps=4,
-        per_device_train_batch_size=4, gradient_accumulation_steps=ga,
+        Net(),
+        "sam",
+        "rho=0.3,base=sgd",
+        tmp_path,
+        data=data,
+        trainer=InOrder,
+        max_grad_norm=0.05,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=ga,
     )
     hand = by_hand(Net(), data, 0.3, 4, 4, clip=0.05, ga=ga)
     assert (flat(job.model) - flat(hand)).abs().max() < 1e-7
@@ -84,7 +94,9 @@ def test_equals_sam_by_hand_with_clipping_and_schedule(ga, tmp_path):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_batchnorm_counts_each_batch_once_and_at_clean_weights(momentum, tmp_path):
-    job = run_training(Net(momentum=momentum), "sam", "rho=2,base=sgd", tmp_path, data=vectors(), trainer=InOrder, max_grad_norm=0)
+    job = run_training(
+        Net(momentum=momentum), "sam", "rho=2,base=sgd", tmp_path, data=vectors(), trainer=InOrder, max_grad_norm=0
+    )
     hand = by_hand(Net(momentum=momentum), vectors(), 2.0, 3, 4)
     assert job.model.norm.num_batches_tracked == 3
     torch.testing.assert_close(job.model.norm.running_mean, hand.norm.running_mean)
@@ -123,7 +135,16 @@ def test_tied_weights_count_once(tmp_path):
     job = run_training(Net(tied=True, norm=False), "sam", "rho=0.5,base=sgd", tmp_path, data=vectors(), max_steps=1)
     assert job.state.log_history[0]["sam/perturb_norm"] == pytest.approx(0.5)
     hand = by_hand(Net(tied=True, norm=False), vectors(), 0.5, 1, 4)
-    job = run_training(Net(tied=True, norm=False), "sam", "rho=0.5,base=sgd", tmp_path, data=vectors(), max_steps=1, trainer=InOrder, max_grad_norm=0)
+    job = run_training(
+        Net(tied=True, norm=False),
+        "sam",
+        "rho=0.5,base=sgd",
+        tmp_path,
+        data=vectors(),
+        max_steps=1,
+        trainer=InOrder,
+        max_grad_norm=0,
+    )
     assert (flat(job.model) - flat(hand)).abs().max() < 1e-7
 
 
@@ -135,7 +156,11 @@ def test_parameter_without_gradient_stays(tmp_path):
 def test_micro_scope_equals_update_scope_without_accumulation_and_not_with(tmp_path, tiny_gpt2):
     def weights(scope, ga):
         job = run_training(
-            tiny_gpt2(), "sam", f"rho=0.5,scope={scope},base=sgd", tmp_path, gradient_accumulation_steps=ga,
+            tiny_gpt2(),
+            "sam",
+            f"rho=0.5,scope={scope},base=sgd",
+            tmp_path,
+            gradient_accumulation_steps=ga,
             per_device_train_batch_size=4 // ga,
         )
         return flat(job.model)
@@ -147,8 +172,16 @@ def test_micro_scope_equals_update_scope_without_accumulation_and_not_with(tmp_p
 def test_micro_scope_adds_the_gradients_of_its_micro_batches(tmp_path):
     data = vectors(8)
     job = run_training(
-        Net(norm=False), "sam", "rho=0.5,scope=micro,base=sgd", tmp_path, data=data, trainer=InOrder, max_steps=1,
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=0,
+        Net(norm=False),
+        "sam",
+        "rho=0.5,scope=micro,base=sgd",
+        tmp_path,
+        data=data,
+        trainer=InOrder,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0,
     )
     halves = [by_hand(Net(norm=False), data[i : i + 4], 0.5, 1, 4) for i in (0, 4)]
     start = flat(Net(norm=False))
@@ -179,25 +212,40 @@ def test_log_has_the_clean_loss_and_the_sharpness(tmp_path):
     sam = run_training(Net(), "sam", "rho=0.5,base=sgd", tmp_path, data=vectors(), max_steps=1).state.log_history[0]
     sgd = run_training(Net(), "sgd", None, tmp_path, data=vectors(), max_steps=1).state.log_history[0]
     assert sam["loss"] == sgd["loss"]
-    assert sam["sam/sharpness"] == pytest.approx(sam["sam/loss_perturbed"] - sam["loss"], abs=1e-6) and sam["sam/sharpness"] > 0
+    assert (
+        sam["sam/sharpness"] == pytest.approx(sam["sam/loss_perturbed"] - sam["loss"], abs=1e-6)
+        and sam["sam/sharpness"] > 0
+    )
 
 
 def test_second_pass_counts_as_work(tmp_path, tiny_gpt2):
-    flos = [run_training(tiny_gpt2(), *spec, tmp_path).state.total_flos for spec in [("sgd", None), ("sam", "base=sgd"), ("sam", "count_flos=false")]]
+    flos = [
+        run_training(tiny_gpt2(), *spec, tmp_path).state.total_flos
+        for spec in [("sgd", None), ("sam", "base=sgd"), ("sam", "count_flos=false")]
+    ]
     assert flos[1] == 2 * flos[0] and flos[2] == flos[0]
 
 
-@pytest.mark.parametrize("base", ["adamw", "sgd", "adafactor", "rmsprop", "adagrad", "schedule_free_adamw", "schedule_free_sgd", "stable_adamw"])
+@pytest.mark.parametrize(
+    "base",
+    ["adamw", "sgd", "adafactor", "rmsprop", "adagrad", "schedule_free_adamw", "schedule_free_sgd", "stable_adamw"],
+)
 def test_any_stock_optimizer_is_a_base(base, tmp_path):
-    job = run_training(Net(), "sam", f"rho=0.05,base={base}", tmp_path, data=vectors(), learning_rate=1e-2, max_steps=3)
+    job = run_training(
+        Net(), "sam", f"rho=0.05,base={base}", tmp_path, data=vectors(), learning_rate=1e-2, max_steps=3
+    )
     stock = {"adamw": "adamw_torch"}.get(base, base)
     plain = run_training(Net(), stock, None, tmp_path, data=vectors(), learning_rate=1e-2, max_steps=3)
-    neutral = run_training(Net(), "sam", f"rho=0,base={base}", tmp_path, data=vectors(), learning_rate=1e-2, max_steps=3)
+    neutral = run_training(
+        Net(), "sam", f"rho=0,base={base}", tmp_path, data=vectors(), learning_rate=1e-2, max_steps=3
+    )
     assert torch.equal(flat(neutral.model), flat(plain.model)) and not torch.equal(flat(job.model), flat(plain.model))
 
 
 def test_base_options_reach_the_base(tmp_path):
-    job = run_training(Net(), "sam", "base=sgd,base.momentum=0.9,base.nesterov=true", tmp_path, data=vectors(), max_steps=1)
+    job = run_training(
+        Net(), "sam", "base=sgd,base.momentum=0.9,base.nesterov=true", tmp_path, data=vectors(), max_steps=1
+    )
     group = job.optimizer.optimizer.base.param_groups[0]
     assert (group["momentum"], group["nesterov"]) == (0.9, True)
     with pytest.raises(ValueError, match="sgd has no option 'momentun'. Did you mean 'momentum'"):
@@ -219,7 +267,16 @@ def test_unsupported_sharding_is_refused_at_construction(option, tmp_path):
 def test_optimizer_given_as_object(tmp_path):
     net = Net()
     optimizer = SharpnessAware(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.3)
-    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", max_grad_norm=0)
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        max_grad_norm=0,
+    )
     job = InOrder(model=net, args=args, train_dataset=vectors(), optimizers=(optimizer, None))
     job.train()
     assert (flat(net) - flat(by_hand(Net(), vectors(), 0.3, 2, 4))).abs().max() < 1e-7
@@ -251,8 +308,16 @@ def test_smaller_batches_after_out_of_memory(tmp_path):
             return super().compute_loss(model, inputs, **kwargs)
 
     job = run_training(
-        Net(norm=False), "sam", "rho=0.3,base=sgd", tmp_path, data=vectors(64), trainer=Hungry, max_steps=2, max_grad_norm=0,
-        per_device_train_batch_size=8, auto_find_batch_size=True,
+        Net(norm=False),
+        "sam",
+        "rho=0.3,base=sgd",
+        tmp_path,
+        data=vectors(64),
+        trainer=Hungry,
+        max_steps=2,
+        max_grad_norm=0,
+        per_device_train_batch_size=8,
+        auto_find_batch_size=True,
     )
     size = job._train_batch_size
     assert size < 8
@@ -269,7 +334,16 @@ def test_training_stopped_in_the_middle_of_an_update_leaves_trained_weights(tmp_
         def on_substep_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 2
 
-    job = run_training(Net(), "sampa", "base=sgd", tmp_path, data=vectors(), callbacks=[Stop()], gradient_accumulation_steps=2, max_steps=5)
+    job = run_training(
+        Net(),
+        "sampa",
+        "base=sgd",
+        tmp_path,
+        data=vectors(),
+        callbacks=[Stop()],
+        gradient_accumulation_steps=2,
+        max_steps=5,
+    )
     assert job.state.global_step == 2 and torch.equal(flat(job.model), weights[2])
     job.train()  # and a second run starts clean
 
@@ -288,20 +362,23 @@ torch.manual_seed(0)
 model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=32))
 data = [{"input_ids": x, "labels": x} for x in torch.randint(3, 128, (32, 10))]
 args = TrainingArguments(sys.argv[1], max_steps=20, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-    learning_rate=1e-2, weight_decay=0.1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=5)
+    learning_rate=1e-2, weight_decay=0.1, report_to=[], save_strategy="no",
+    disable_tqdm=True, use_cpu=True, logging_steps=5)
 job = Trainer(model=model, args=args, train_dataset=data); job.train()
 keys = ("loss", "grad_norm", "learning_rate", "epoch", "step")
 log = [[h.get(k) for k in keys] for h in job.state.log_history]
 print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest(), log)
 """
     out = [
-        subprocess.run([sys.executable, "-c", script, str(tmp_path), how], capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()[-1]
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), how], capture_output=True, text=True, check=True, timeout=120
+        ).stdout.splitlines()[-1]
         for how in ("with", "without")
     ]
     assert out[0] == out[1]
 
 
-# ---- raw loops ---------------------------------------------------------------------------------------------------------
+# ---- raw loops ------------------------------------------------------------------------------------------------------
 
 
 def raw(net, optimizer, data, steps, **options):

@@ -1,4 +1,4 @@
-"""IGNITE: the Hessian-vector product of its penalty, its multiplier, and the settings in which it is something known."""
+"""IGNITE: its Hessian-vector product, its multiplier, and the settings in which it is something known."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hfext.optim.ignite import penalised_gradient
 
 
 def quadratic(optimizer_of, loss_weight=1.0, size=4):
-    """L(w) = loss_weight * sum(w) and h(w) = w'Aw / 2: the weights before and after one update with learning rate 1."""
+    """L(w) = loss_weight * sum(w) and h(w) = w'Aw / 2: the weights before and after one update."""
     torch.manual_seed(0)
     a = torch.randn(size, size, dtype=torch.float64)
     a = a @ a.T
@@ -73,7 +73,9 @@ def test_no_slope_no_penalty():
 
 def test_loss_as_target_with_unit_weight_is_sam(tmp_path, tiny_gpt2):
     sam = run_training(tiny_gpt2(), "sam", "rho=0.05,base=sgd", tmp_path)
-    ignite = run_training(tiny_gpt2(), "ignite", "target=loss,lam=1,rho=0.05,r=0.05,learn_lam=false,base=sgd", tmp_path)
+    ignite = run_training(
+        tiny_gpt2(), "ignite", "target=loss,lam=1,rho=0.05,r=0.05,learn_lam=false,base=sgd", tmp_path
+    )
     assert (flat(sam.model) - flat(ignite.model)).abs().max() < 1e-7
 
 
@@ -84,11 +86,19 @@ def test_classifier_output(output, tmp_path, tiny_bert_classifier):
     batch = torch.stack([d["input_ids"] for d in data]), torch.tensor([d["labels"] for d in data])
     logits = model(batch[0]).logits
     h = logits.gather(1, batch[1][:, None]).mean() if output == "label" else logits.amax(1).mean()
-    norm = torch.sqrt(sum((g**2).sum() for g in torch.autograd.grad(h, list(model.parameters()), allow_unused=True) if g is not None))
+    norm = torch.sqrt(
+        sum((g**2).sum() for g in torch.autograd.grad(h, list(model.parameters()), allow_unused=True) if g is not None)
+    )
     job = run_training(
-        model, "ignite", f"output={output},base=sgd", tmp_path, data=data, max_steps=1, per_device_train_batch_size=4,
+        model,
+        "ignite",
+        f"output={output},base=sgd",
+        tmp_path,
+        data=data,
+        max_steps=1,
+        per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-    )  # fmt: skip
+    )
     assert job.state.log_history[0]["ignite/grad_norm_h"] == pytest.approx(norm.item(), rel=1e-5)
 
 
@@ -101,7 +111,9 @@ def test_regression_output(tmp_path, tiny_bert_classifier):
 
 
 def test_multiplier_is_saved(tmp_path, tiny_gpt2):
-    job = run_training(tiny_gpt2(), "ignite", "lam_lr=0.5", tmp_path, save_strategy="steps", save_steps=3, learning_rate=1e-3)
+    job = run_training(
+        tiny_gpt2(), "ignite", "lam_lr=0.5", tmp_path, save_strategy="steps", save_steps=3, learning_rate=1e-3
+    )
     state = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)
     assert state["hfext"]["lam"] == job.optimizer.optimizer.lam != 1e-3
     state["hfext"]["lam"] = float("nan")
@@ -120,7 +132,10 @@ def test_needs_a_surrogate_in_raw_loops():
         sam_step(IGNITE(torch.optim.SGD([w], lr=1.0)), closure)
 
 
-@pytest.mark.parametrize("options, message", [({"r": 0.0}, "r is 0.0"), ({"lam": -1.0}, "lam"), ({"target": "h"}, "target"), ({"scope": "micro"}, "scope")])
+@pytest.mark.parametrize(
+    "options, message",
+    [({"r": 0.0}, "r is 0.0"), ({"lam": -1.0}, "lam"), ({"target": "h"}, "target"), ({"scope": "micro"}, "scope")],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         IGNITE(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **options)

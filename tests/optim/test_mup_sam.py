@@ -127,11 +127,11 @@ def test_slopes_over_width(tmp_path):
 
 
 @pytest.mark.slow
-def test_slopes_of_a_llama(tmp_path):
-    config = perturbation_scaling.Config(widths=(64, 128, 256, 512, 1024), seeds=8, tokens=8)
-    record = perturbation_scaling.run(config, tmp_path)
+def test_slopes_of_every_layer_up_to_width_2048(tmp_path):
+    """The recipe as committed. On narrower grids the query projection of a random Llama is still on its way to 0."""
+    record = perturbation_scaling.run(perturbation_scaling.Config(), tmp_path)
     for row in next(iter(record["tables"].values())):
-        assert abs(row["muP2"]) <= 0.12, row
+        assert abs(row["muP2"]) <= 0.1, row
 
 
 def test_spectral_norm_by_power_iteration():

@@ -89,9 +89,16 @@ def test_norm_is_taken_in_float32_for_16_bit_gradients():
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"rho": -0.1}, "rho is -0.1 but must be >= 0"), ({"eps": -1.0}, "eps"), ({"every": 0}, "every"), ({"scope": "all"}, "scope"),
-     ({"start": 5, "end": 2}, "end is 2"), ({"perturb": "up"}, "perturb"), ({"rho": float("nan")}, "rho")],
-)  # fmt: skip
+    [
+        ({"rho": -0.1}, "rho is -0.1 but must be >= 0"),
+        ({"eps": -1.0}, "eps"),
+        ({"every": 0}, "every"),
+        ({"scope": "all"}, "scope"),
+        ({"start": 5, "end": 2}, "end is 2"),
+        ({"perturb": "up"}, "perturb"),
+        ({"rho": float("nan")}, "rho"),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         SharpnessAware(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **options)

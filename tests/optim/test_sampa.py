@@ -118,17 +118,24 @@ def test_other_bases_look_ahead_plainly(tmp_path, tiny_gpt2):
 
 
 def test_resume_without_the_previous_batch_starts_again(tmp_path, tiny_gpt2):
-    first = run_training(tiny_gpt2(), "sampa", "base=sgd,save_prev_batch=false", tmp_path, save_strategy="steps", save_steps=2)
+    first = run_training(
+        tiny_gpt2(), "sampa", "base=sgd,save_prev_batch=false", tmp_path, save_strategy="steps", save_steps=2
+    )
     state = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
     assert "previous" not in state["hfext"]
-    resumed = run_training(tiny_gpt2(), "sampa", "base=sgd,save_prev_batch=false", tmp_path / "b", resume=str(tmp_path / "checkpoint-2"))
+    resumed = run_training(
+        tiny_gpt2(), "sampa", "base=sgd,save_prev_batch=false", tmp_path / "b", resume=str(tmp_path / "checkpoint-2")
+    )
     assert resumed.state.global_step == 3 and torch.isfinite(flat(resumed.model)).all()
     assert not torch.equal(flat(first.model), flat(resumed.model))
 
 
 def test_checkpoint_of_another_model_is_refused_before_anything_changes(tiny_gpt2):
     model, other = tiny_gpt2(), torch.nn.Linear(2, 2)
-    ours, theirs = SAMPa(torch.optim.SGD(model.parameters(), lr=0.1)), SAMPa(torch.optim.SGD(other.parameters(), lr=0.3))
+    ours, theirs = (
+        SAMPa(torch.optim.SGD(model.parameters(), lr=0.1)),
+        SAMPa(torch.optim.SGD(other.parameters(), lr=0.3)),
+    )
 
     def closure(batch):
         loss = other(batch).sum()
@@ -152,7 +159,10 @@ def test_raw_loop_needs_the_batch():
         sam_step(SAMPa(torch.optim.SGD([x], lr=0.1)), closure)
 
 
-@pytest.mark.parametrize("options, message", [({"lam": 1.1}, "lam is 1.1"), ({"lam": -0.1}, "lam"), ({"scope": "micro"}, "scope"), ({"every": 2}, "every")])
+@pytest.mark.parametrize(
+    "options, message",
+    [({"lam": 1.1}, "lam is 1.1"), ({"lam": -0.1}, "lam"), ({"scope": "micro"}, "scope"), ({"every": 2}, "every")],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         SAMPa(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **options)

@@ -17,7 +17,9 @@ def tokenizer():
     vocab = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(WORDS)])}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def sentences(n, shift=0):
@@ -26,9 +28,18 @@ def sentences(n, shift=0):
 
 def config(kind, tmp_path, optim, **options):
     defaults = dict(
-        output_dir=str(tmp_path), optim=optim, max_steps=2, learning_rate=0.1, report_to=[], save_strategy="no",
-        logging_steps=1, disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        optim=optim,
+        max_steps=2,
+        learning_rate=0.1,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
     return kind(**{**defaults, **options})
 
 
@@ -36,10 +47,18 @@ def sft(tiny_llama, tokenizer, tmp_path, optim, optim_args, rows=8, accumulation
     from trl import SFTConfig, SFTTrainer
 
     args = config(
-        SFTConfig, tmp_path, optim, optim_args=optim_args, max_length=16, per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulation, **options,
-    )  # fmt: skip
-    job = SFTTrainer(tiny_llama(), args=args, train_dataset=Dataset.from_dict({"text": sentences(16)}), processing_class=tokenizer)
+        SFTConfig,
+        tmp_path,
+        optim,
+        optim_args=optim_args,
+        max_length=16,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        **options,
+    )
+    job = SFTTrainer(
+        tiny_llama(), args=args, train_dataset=Dataset.from_dict({"text": sentences(16)}), processing_class=tokenizer
+    )
     job.train()
     return job
 
@@ -52,7 +71,9 @@ def test_sft_trainer(optim, tiny_llama, tokenizer, tmp_path):
 
 
 def test_sft_counts_its_tokens_once(tiny_llama, tokenizer, tmp_path):
-    logs = [sft(tiny_llama, tokenizer, tmp_path, *spec).state.log_history for spec in [("sam", "base=sgd"), ("sgd", None)]]
+    logs = [
+        sft(tiny_llama, tokenizer, tmp_path, *spec).state.log_history for spec in [("sam", "base=sgd"), ("sgd", None)]
+    ]
     for key in ("num_tokens", "mean_token_accuracy", "entropy", "loss"):
         assert logs[0][0][key] == logs[1][0][key], key
     assert logs[0][1]["num_tokens"] == logs[1][1]["num_tokens"]
@@ -72,11 +93,18 @@ def dpo(tiny_llama, tokenizer, tmp_path):
         from trl import DPOConfig, DPOTrainer
 
         args = config(
-            DPOConfig, tmp_path, optim, optim_args=optim_args, max_length=24, per_device_train_batch_size=rows,
+            DPOConfig,
+            tmp_path,
+            optim,
+            optim_args=optim_args,
+            max_length=24,
+            per_device_train_batch_size=rows,
             gradient_accumulation_steps=accumulation,
-        )  # fmt: skip
+        )
         data = Dataset.from_dict({"prompt": sentences(8), "chosen": sentences(8, 1), "rejected": sentences(8, 2)})
-        job = DPOTrainer(tiny_llama(), ref_model=tiny_llama(seed=1), args=args, train_dataset=data, processing_class=tokenizer)
+        job = DPOTrainer(
+            tiny_llama(), ref_model=tiny_llama(seed=1), args=args, train_dataset=data, processing_class=tokenizer
+        )
         job.train()
         return job
 
@@ -103,9 +131,13 @@ def test_seq2seq_trainer(optim, tiny_t5, tmp_path):
     def run(rows, accumulation):
         torch.manual_seed(0)
         args = config(
-            Seq2SeqTrainingArguments, tmp_path, optim, optim_args="base=sgd", per_device_train_batch_size=rows,
+            Seq2SeqTrainingArguments,
+            tmp_path,
+            optim,
+            optim_args="base=sgd",
+            per_device_train_batch_size=rows,
             gradient_accumulation_steps=accumulation,
-        )  # fmt: skip
+        )
         # T5 takes the mean over each micro-batch whatever the update holds, so its rows must have labels alike.
         data = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in language_data(16)]
         job = Seq2SeqTrainer(tiny_t5(dropout_rate=0.0).double(), args=args, train_dataset=data)
@@ -119,5 +151,7 @@ def test_label_smoothing_acts_on_the_second_gradient_alone(tmp_path, tiny_llama)
     smooth = run_training(tiny_llama(), "bisam", "rho=0.5,base=sgd", tmp_path, label_smoothing_factor=0.1, max_steps=1)
     plain = run_training(tiny_llama(), "bisam", "rho=0.5,base=sgd", tmp_path, max_steps=1)
     keys = ("sam/grad_norm_ascent", "sam/perturb_norm")
-    assert [smooth.state.log_history[0][k] for k in keys] == pytest.approx([plain.state.log_history[0][k] for k in keys], rel=1e-6)
+    assert [smooth.state.log_history[0][k] for k in keys] == pytest.approx(
+        [plain.state.log_history[0][k] for k in keys], rel=1e-6
+    )
     assert not torch.equal(flat(smooth.model), flat(plain.model))

@@ -65,9 +65,10 @@ def phi(x: Tensor, surrogate: str, alpha: float) -> tuple[Tensor, Tensor]:
     match surrogate:
         case "tanh":
             t = torch.tanh(alpha * x)
-            return t, alpha * (1 - t * t)
+            return t, torch.addcmul(torch.ones((), dtype=t.dtype, device=t.device), t, t, value=-1).mul_(alpha)
         case "log":
-            return 1 - F.softplus(GAMMA - x), torch.sigmoid(GAMMA - x)
+            u = x - GAMMA
+            return F.logsigmoid(u).add_(1), u.neg_().sigmoid_()
     return x, torch.ones_like(x)
 
 
@@ -77,37 +78,38 @@ class _RowSurrogate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, surrogate, mu, alpha, topk, reduction, chunk):
         q = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
-        grad = torch.zeros_like(logits)
+        grad = torch.empty_like(logits)
         for i in range(0, len(logits), chunk):
-            y = labels[i : i + chunk]
-            rows = (y >= 0).nonzero().squeeze(1)
-            if not len(rows):
-                continue
-            z, y = logits[i : i + chunk][rows].to(q.dtype), y[rows, None]
+            rows = slice(i, i + chunk)
+            counts = (labels[rows] >= 0)[:, None]
+            y = labels[rows, None].clamp(min=0)
+            z = logits[rows].to(q.dtype)
             value, slope = phi(z - z.gather(1, y), surrogate, alpha)
-            value = value * mu
             if topk and topk < z.shape[1]:
                 competes = torch.zeros_like(z, dtype=torch.bool)
                 competes.scatter_(1, z.topk(topk, dim=1).indices, True).scatter_(1, y, True)
                 value = value.masked_fill(~competes, -math.inf)
+            best, where = value.max(dim=1, keepdim=True)
             if reduction == "max":
-                best = value.max(dim=1)
-                q[i + rows] = best.values / mu
-                weight = torch.zeros_like(z).scatter_(1, best.indices[:, None], 1.0)
+                weight = torch.zeros_like(z).scatter_(1, where, 1.0)
             else:
-                total = torch.logsumexp(value, dim=1, keepdim=True)
-                q[i + rows] = total.squeeze(1) / mu
-                weight = torch.exp(value - total)
+                weight = value.sub_(best).mul_(mu).exp_()
+                total = weight.sum(dim=1, keepdim=True)
+                best += total.log() / mu
+                weight /= total
             weight *= slope
             weight.scatter_add_(1, y, -weight.sum(dim=1, keepdim=True))  # each margin holds -z_y
-            grad[i + rows] = weight.to(grad.dtype)
-        ctx.save_for_backward(grad)
+            q[rows] = torch.where(counts, best, 0.0).squeeze(1)
+            grad[rows] = weight.masked_fill_(~counts, 0.0)
+        ctx.grad = grad
         return q
 
     @staticmethod
     def backward(ctx, grad_q):
-        (grad,) = ctx.saved_tensors
-        return grad * grad_q[:, None].to(grad.dtype), *[None] * 7
+        if ctx.grad is None:
+            raise RuntimeError("bisam_rows: its backward pass ran already. Evaluate it again.")
+        grad, ctx.grad = ctx.grad, None  # scaled in place: no third tensor of the size of the logits
+        return grad.mul_(grad_q[:, None]), *[None] * 7
 
 
 def bisam_rows(
@@ -118,12 +120,15 @@ def bisam_rows(
     alpha: float = 0.1,
     topk: int = 0,
     reduction: str = "logsumexp",
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Tensor:
     """Q of each row: logits [rows, classes], labels [rows] -> [rows] in float32 or wider; label < 0 gives 0.
 
-    `reduction="max"` is the limit mu -> inf. At most `chunk` rows are held in float32 at a time.
+    `reduction="max"` is the limit mu -> inf. At most `chunk` rows are held in float32 at a time: by default 1024 on an
+    accelerator, and on a CPU what fits its cache.
     """
+    if chunk is None:
+        chunk = 1024 if logits.device.type != "cpu" else max(1, min(1024, (1 << 17) // logits.shape[1]))
     return _RowSurrogate.apply(logits, labels, surrogate, mu or MU[surrogate], alpha, topk, reduction, chunk)
 
 

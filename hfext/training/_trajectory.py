@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import kl_div, pad
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -60,17 +61,33 @@ def trajectory_kl(logits: Tensor, old: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(old / T) || softmax(logits / T)) of each row, float32: [rows, classes] twice -> [rows]."""
     new = torch.log_softmax(logits.float() / temperature, dim=-1)
     old = torch.log_softmax(old.float() / temperature, dim=-1)
-    return temperature**2 * (old.exp() * (old - new)).sum(-1)
+    return temperature**2 * kl_div(new, old, reduction="none", log_target=True).sum(-1)
+
+
+class _RowKL(torch.autograd.Function):
+    """`trajectory_kl` with its gradient T (softmax(z / T) - softmax(old / T)), made chunk by chunk on the way."""
+
+    @staticmethod
+    def forward(ctx, logits, old, temperature, chunk):
+        rows, gradients = [], []
+        for z, z_old in zip(logits.split(chunk), old.split(chunk), strict=True):
+            new = torch.log_softmax(z.float() / temperature, dim=-1)
+            past = torch.log_softmax(z_old.float() / temperature, dim=-1)
+            rows.append(temperature**2 * kl_div(new, past, reduction="none", log_target=True).sum(-1))
+            gradients.append((temperature * (new.exp_() - past.exp_())).to(logits.dtype))
+        ctx.save_for_backward(torch.cat(gradients) if len(gradients) > 1 else gradients[0])
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_rows[:, None].to(gradient.dtype), None, None, None
 
 
 def chunked_kl(logits: Tensor, old: Tensor, temperature: float, chunk: int = CHUNK) -> Tensor:
-    """`trajectory_kl` by chunks of rows, each computed again for the gradient, so that memory stays small."""
-    if len(logits) <= chunk:
-        return trajectory_kl(logits, old, temperature)
-    parts = zip(logits.split(chunk), old.split(chunk), strict=True)
-    return torch.cat(
-        [checkpoint(trajectory_kl, *p, temperature, use_reentrant=False, preserve_rng_state=False) for p in parts]
-    )
+    """`trajectory_kl`, of which at most `chunk` rows are in float32 at one time."""
+    return _RowKL.apply(logits, old, temperature, chunk)
 
 
 def current_epoch(trainer: Trainer) -> int:
@@ -97,14 +114,13 @@ def rows_with_label(trainer: Trainer, inputs: Mapping[str, Any], logits: Tensor,
     shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
     if labels is not None and labels.is_floating_point():
         raise NotImplementedError(f"{method}: float labels (regression, multi-label) have no softmax to compare.")
-    mask = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-    if shifted is not None and shifted.shape == mask.shape:
-        mask = shifted != -100
-    elif labels is not None and labels.shape == mask.shape:
-        mask = labels != -100
-        if loss_shifts_labels(trainer):
-            mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    return mask
+    shape = logits.shape[:-1]
+    if shifted is not None and shifted.shape == shape:
+        return shifted != -100
+    if labels is None or labels.shape != shape:
+        return torch.ones(shape, dtype=torch.bool, device=logits.device)
+    mask = labels != -100
+    return pad(mask[:, 1:], (0, 1), value=False) if loss_shifts_labels(trainer) else mask
 
 
 def add_trajectory_loss(

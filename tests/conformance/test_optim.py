@@ -7,10 +7,9 @@ import pickle
 
 import pytest
 import torch
-from optim_training import flat, language_data, run_training
+from optim_training import flat, gpt2, language_data, run_training
 from transformers import (
     GPT2Config,
-    GPT2LMHeadModel,
     HfArgumentParser,
     Trainer,
     TrainerCallback,
@@ -39,22 +38,8 @@ def test_there_are_methods_to_test():
 
 
 def model(dropout=0.0, dtype=torch.float32):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=128,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=32,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-    )
-    made = GPT2LMHeadModel(config).to(dtype)
-    hfext.optim.mup.set_base_shapes(made, GPT2Config(**{**config.to_dict(), "n_embd": 16}))
+    made = gpt2(dropout, dtype)
+    hfext.optim.mup.set_base_shapes(made, GPT2Config(**{**made.config.to_dict(), "n_embd": 16}))
     return made
 
 

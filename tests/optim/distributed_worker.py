@@ -4,29 +4,9 @@ import sys
 
 import torch
 import torch.distributed as dist
-from optim_training import flat, language_data, run_training
-from transformers import GPT2Config, GPT2LMHeadModel
+from optim_training import flat, gpt2, language_data, run_training
 
 import hfext  # noqa: F401
-
-
-def model(dropout=0.0, dtype=torch.float32):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=128,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=32,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-    )
-    return GPT2LMHeadModel(config).to(dtype)
-
 
 # name: (optim, optim_args, rows a process and micro-batch, accumulation, dtype, dropout)
 CASES = {
@@ -45,7 +25,7 @@ CASES = {
 def run(case, out, **options):
     optim, optim_args, rows, accumulation, dtype, dropout = CASES[case]
     return run_training(
-        model(dropout, dtype),
+        gpt2(dropout, dtype),
         optim,
         optim_args,
         out,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from optim_training import flat, language_data, run_training
+from optim_training import flat, gpt2, language_data, run_training
 
 sys.path.insert(0, str(Path(__file__).parent))
 import distributed_worker as worker
@@ -34,7 +34,7 @@ def one(case, tmp_path):
     """The same rows in one process: twice as many micro-batches, which is exact for every method."""
     optim, optim_args, rows, accumulation, dtype, _ = worker.CASES[case]
     return run_training(
-        worker.model(dtype=dtype),
+        gpt2(dtype=dtype),
         optim,
         optim_args.replace(",parallel=true", "").replace("parallel=true,", ""),
         tmp_path,
@@ -75,4 +75,4 @@ def test_resume_is_bitwise_with_two_processes(case, two):
 
 def test_parallel_sampa_needs_pairs(tmp_path):
     with pytest.raises(ValueError, match="even number of processes, this run has 1"):
-        run_training(worker.model(), "sampa", "parallel=true", tmp_path)
+        run_training(gpt2(), "sampa", "parallel=true", tmp_path)

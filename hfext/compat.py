@@ -244,6 +244,7 @@ CHECKS: list[tuple[str, str, Callable[[], None]]] = [
             "save_model",
             "_save_optimizer_and_scheduler",
             "_load_optimizer_and_scheduler",
+            "_load_best_model",
             "_set_signature_columns_if_needed",
         ),
     ),

@@ -43,8 +43,12 @@ class Config:
     metric: `last` (clean test accuracy after the last epoch), `best` (of the best epoch), `flipped` (share of the
         batch flipped by the perturbation at `flip_rhos[0]`), or `speed` (CPU seconds an epoch over the baseline's,
         measured apart, in turns).
+    tolerance: If given, the claim is "at least as good": it holds when the one-sided 95 % bound of the difference lies
+        above minus this many points. Otherwise it is "better": a difference above 0 with p < 0.05.
     max_time: With `speed`: the ratio up to which the claim holds.
     turns: With `speed`: how often method and baseline take turns at three epochs each, of which two are timed.
+    turn_hidden: Width of the MLP that is timed. The Trainer's own work for a step is about 1 ms, and the step of a
+        narrow MLP not much more.
     seeds: How many repeats; a repeat draws weights, wrong labels and batches.
     first_seed: Of the repeats.
     split: `test`, or `validation` for choosing options: another 360 digits, taken from the training digits.
@@ -60,8 +64,10 @@ class Config:
     method: str = "sam"
     baseline: str = "sgd"
     metric: Literal["last", "best", "flipped", "speed"] = "last"
+    tolerance: float | None = None
     max_time: float = 1.05
     turns: int = 15
+    turn_hidden: int = 2048
     seeds: int = 10
     first_seed: int = 0
     split: Literal["test", "validation"] = "test"
@@ -88,9 +94,13 @@ class Config:
             known = OBJECTIVES if self.metric == "flipped" else names
             if value not in known:
                 raise ValueError(f"{label} is {value!r} but must be one of {', '.join(known)}.")
-        for label in ("seeds", "epochs", "batch_size", "hidden", "turns"):
+        for label in ("seeds", "epochs", "batch_size", "hidden", "turns", "turn_hidden"):
             if getattr(self, label) < 1:
                 raise ValueError(f"{label} is {getattr(self, label)} but must be >= 1.")
+        if self.tolerance is not None and (self.tolerance <= 0 or self.seeds < 2):
+            raise ValueError(
+                f"tolerance is {self.tolerance} but must be > 0, with at least 2 seeds (here {self.seeds})."
+            )
         if not 0 <= self.noise < 1:
             raise ValueError(f"noise is {self.noise} but must be in [0, 1).")
         if self.flip_epochs and "sgd" not in names:
@@ -136,7 +146,7 @@ def fit(config: Config, entry: str, seed: int, clean: Digits, test: Digits, skip
 def time_in_turns(config: Config, clean: Digits, test: Digits) -> dict[str, list[float]]:
     """CPU seconds of an epoch of method and baseline, which follow each other closely: a machine that slows down or
     has other work meets both. The terms of SAF and MESA are on from the beginning."""
-    short, found = dataclasses.replace(config, epochs=3, flip_epochs=[], hessian=False), {}
+    short, found = dataclasses.replace(config, epochs=3, hidden=config.turn_hidden, flip_epochs=[], hessian=False), {}
     entries = [next(e for e in config.methods if parse_entry(e)[0] == n) for n in (config.baseline, config.method)]
     for turn in logging.tqdm(range(config.turns), desc="turns"):
         for entry in entries if turn % 2 == 0 else reversed(entries):
@@ -196,7 +206,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         tables["what a perturbation of the same SGD weights does to its batch"] = _flip_table(flipped)
     seconds = time_in_turns(config, clean, test) if config.metric == "speed" else {}
     if seconds:
-        tables["CPU time of an epoch, in turns"] = [
+        tables[f"CPU time of an epoch, MLP 64-{config.turn_hidden}-{config.turn_hidden}-10"] = [
             {"method": name, "ms, median": round(1000 * float(np.median(t)), 1), "least": round(1000 * min(t), 1)}
             for name, t in seconds.items()
         ]
@@ -289,10 +299,15 @@ def _evidence(config: Config, by_entry, flipped: list[dict], seconds: dict[str, 
     others = [e for e in by_entry if parse_entry(e)[0] == config.baseline][1:] if config.metric != "flipped" else []
     note += "".join(f" {e}: {100 * np.mean([r['last'] for r in by_entry[e]]):.2f}." for e in others)
     reproduced = bool(difference.mean() > 0 and p < 0.05)
+    if config.tolerance is not None:
+        bound = difference.mean() - stats.t.ppf(0.95, len(ours) - 1) * stats.sem(difference)
+        reproduced = bool(bound > -config.tolerance)
+        note += f" One-sided 95 % bound of the difference: {bound:+.2f}, claimed above {-config.tolerance:+.2f}."
     if config.metric == "speed":
         ours = np.divide(seconds[config.method], seconds[config.baseline])
         reproduced = bool(np.median(ours) <= config.max_time and difference.mean() >= 0)
-        what, base = f"CPU seconds of an epoch over the base's; claimed: at most {config.max_time}", np.ones_like(ours)
+        what = f"CPU time of an epoch over the base's, width {config.turn_hidden}; claimed: at most {config.max_time}"
+        base = np.ones_like(ours)
         note = f"The ratio is the median of {config.turns} turns. " + note[0].upper() + note[1:]
     return {
         "claim": record.claim,

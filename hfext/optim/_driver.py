@@ -227,10 +227,20 @@ def _at_trained_weights(original):
         if optimizer is not None and optimizer.is_perturbed:
             if vars(self).get("_hfext_inside"):
                 raise RuntimeError(f"{original.__name__} was called inside a two-pass update, at perturbed weights.")
-            _forget(self)
+            with optimizer.unmoved():  # between two micro-batches of SAMPa
+                return original(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
     return method
+
+
+def _load_best(original):
+    def load_best(self):
+        if two_pass_optimizer(self) is not None:
+            _forget(self)
+        return original(self)
+
+    return load_best
 
 
 def _train(original):
@@ -298,6 +308,7 @@ def install() -> None:
     patch_method(Trainer, "training_step", _step)
     patch_method(Trainer, "log", _log)
     patch_method(Trainer, "train", _train)
+    patch_method(Trainer, "_load_best_model", _load_best)
     patch_method(Trainer, "_save_optimizer_and_scheduler", _save)
     patch_method(Trainer, "_load_optimizer_and_scheduler", _load)
     for name in ("evaluate", "predict", "save_model"):

@@ -180,6 +180,19 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         finally:
             self.restore()
 
+    @contextlib.contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """The trained weights inside, the moved ones again afterwards."""
+        params, trained = self._backup
+        moved = [p.detach().clone() for p in params]
+        self.restore()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(params, moved)
+            self._backup = params, trained
+
     # ---- what every optimizer has -----------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:

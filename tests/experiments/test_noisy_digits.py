@@ -138,6 +138,7 @@ def test_bad_entries_are_named(entry, message):
     [
         (dict(method="asam"), "method is 'asam'"),
         (dict(noise=1.0), "noise is 1.0"),
+        (dict(tolerance=0.0), "tolerance is 0.0"),
         (dict(seeds=0), "seeds is 0"),
         (dict(flip_epochs=[31]), "flip_epochs"),
         (dict(metric="flipped", method="bisam_tanh", baseline="sam"), "flip_epochs or flip_rhos is empty"),
@@ -199,9 +200,21 @@ def test_flips_can_be_the_evidence(tmp_path):
 
 
 def test_time_can_be_the_evidence(tmp_path):
-    config = Config(methods=["sgd", "mesa(start=-1)"], method="mesa", metric="speed", max_time=1e9, **QUICK)
+    config = Config(
+        methods=["sgd", "mesa(start=-1)"], method="mesa", metric="speed", max_time=1e9, turns=2, turn_hidden=8, **QUICK
+    )
     evidence = noisy_digits.run(config, tmp_path)["evidence"]
     assert evidence["ours"] > 0 and evidence["baseline"] == 1.0 and "accuracy" in evidence["note"]
+
+
+@pytest.mark.parametrize("tolerance, holds", [(None, False), (0.1, False), (1.0, True)])
+def test_at_least_as_good_is_a_bound_on_the_difference(tolerance, holds):
+    """Differences of mean 0 and standard error 0.5 / sqrt(5): the bound is 2.132 times that, 0.477, below 0."""
+    base = [0.90, 0.91, 0.92, 0.93, 0.90]
+    ours = [b + d / 100 for b, d in zip(base, [0.5, -0.5, 0.5, -0.5, 0.0], strict=True)]
+    runs = {"sgd": [{"last": x} for x in base], "sam": [{"last": x} for x in ours]}
+    config = Config(methods=["sgd", "sam"], seeds=5, tolerance=tolerance)
+    assert noisy_digits._evidence(config, runs, [], {})["reproduced"] is holds
 
 
 @pytest.mark.parametrize("name", [*(f"optim/{n}" for n in RECIPES), "training/saf", "training/mesa", "bench"])

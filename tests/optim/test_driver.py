@@ -348,6 +348,35 @@ def test_training_stopped_in_the_middle_of_an_update_leaves_trained_weights(tmp_
     job.train()  # and a second run starts clean
 
 
+def test_evaluation_between_micro_batches_sees_trained_weights_and_disturbs_nothing(tmp_path):
+    class Evaluates(Trainer):
+        seen, at_step = [], []
+
+        def prediction_step(self, model, *args, **kwargs):
+            self.seen.append(flat(model))
+            return super().prediction_step(model, *args, **kwargs)
+
+    class Inside(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            Evaluates.at_step.append(flat(model))
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            self.trainer.evaluate()
+
+    inside = Inside()
+
+    class Known(Evaluates):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            inside.trainer = self
+
+    kwargs = dict(data=vectors(), gradient_accumulation_steps=2, eval_dataset=vectors(4))
+    watched = run_training(Net(norm=False), "sampa", "base=sgd", tmp_path, trainer=Known, callbacks=[inside], **kwargs)
+    plain = run_training(Net(norm=False), "sampa", "base=sgd", tmp_path, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(Evaluates.seen, Evaluates.at_step, strict=True))
+    assert torch.equal(flat(watched.model), flat(plain.model))
+
+
 def test_import_alone_changes_nothing(tmp_path):
     """20 AdamW updates of a stock Trainer, in processes with and without the import, end in the same bits."""
     import subprocess

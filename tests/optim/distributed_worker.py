@@ -15,7 +15,7 @@ CASES = {
     "sam_local": ("sam", "rho=0.05,base=sgd", 4, 1, torch.float32, 0.0),
     "asam": ("asam", "sync=true,base=sgd", 4, 1, torch.float32, 0.0),
     "bisam": ("bisam", "rho=0.05,sync=true,base=sgd", 4, 1, torch.float32, 0.0),
-    "ignite": ("ignite", "lam=0.5,base=sgd", 2, 2, torch.float32, 0.0),
+    "ignite": ("ignite", "lam=50,base=sgd", 2, 2, torch.float32, 0.0),
     "sampa": ("sampa", "base=sgd", 4, 1, torch.float32, 0.0),
     "sampa_parallel": ("sampa", "parallel=true,base=adamw", 2, 2, torch.float64, 0.0),
     "sampa_parallel_0": ("sampa", "lambda=0,parallel=true,base=sgd,base.momentum=0.9", 2, 1, torch.float64, 0.0),

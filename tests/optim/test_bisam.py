@@ -296,3 +296,32 @@ def test_raw_loop_needs_a_surrogate():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         BiSAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **options)
+
+
+def test_mu_scales_with_the_number_of_classes_when_asked():
+    def optimizer(**options):
+        return BiSAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **options)
+
+    assert optimizer()._mu(1000) == 10.0 and optimizer(surrogate="log")._mu(1000) == 1.0
+    assert optimizer(scale_mu=True)._mu(1000) == pytest.approx(30.0)  # log 1000 / log 10 = 3
+    assert optimizer(scale_mu=True, mu=2.0)._mu(10) == pytest.approx(2.0)
+
+
+def test_own_loss_function_is_weighed_over_the_update(tmp_path, tiny_bert_classifier):
+    """With `compute_loss_func` the Trainer divides nothing: Q must take its share of the update itself."""
+
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    data = TASKS["sequence"][1]
+    kwargs = dict(data=data, max_steps=2, trainer=lambda **k: transformers.Trainer(**k, compute_loss_func=loss_func))
+    runs = [
+        run_training(
+            TASKS["sequence"][0](), "bisam", "rho=0.5,base=sgd", tmp_path, per_device_train_batch_size=8 // ga,
+            gradient_accumulation_steps=ga, **kwargs,
+        )
+        for ga in (1, 4)
+    ]  # fmt: skip
+    assert (flat(runs[0].model) - flat(runs[1].model)).abs().max() < 1e-6
+    norms = [r.state.log_history[0]["sam/grad_norm_ascent"] for r in runs]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)

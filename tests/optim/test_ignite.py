@@ -144,3 +144,28 @@ def test_bad_options(options, message):
 def test_radius_zero_is_plain_training():
     net = torch.nn.Linear(2, 2)
     assert not SharpnessAware(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.0).begin()
+
+
+def test_loss_scale_does_not_reach_the_multiplier():
+    def run(scale):
+        w = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        optimizer = IGNITE(torch.optim.SGD([w], lr=0.1), lam=0.3, lam_lr=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000, enabled=scale != 1)
+
+        def closure():
+            loss = w.sum()
+            scaler.scale(loss).backward()
+            return loss
+
+        def surrogate():
+            h = (w**3).sum()
+            scaler.scale(h).backward()
+            return h
+
+        for _ in range(3):
+            sam_step(optimizer, closure, surrogate=surrogate, scaler=scaler)
+        return w.detach(), optimizer.lam
+
+    (w, lam), (scaled_w, scaled_lam) = run(1), run(1024.0)
+    torch.testing.assert_close(w, scaled_w)
+    assert lam == pytest.approx(scaled_lam)

@@ -96,3 +96,16 @@ def test_without_norm_layers_it_says_what_to_do():
 def test_trainer(tiny_llama, tmp_path):
     job = run_training(tiny_llama(), "sam_on", "rho=0.4,base=sgd", tmp_path, max_steps=2)
     assert job.state.log_history[0]["sam/perturb_norm"] == pytest.approx(0.4)
+
+
+def test_eta_widens_the_ball_of_every_norm_parameter():
+    (before, after), _ = perturbed(lambda net: make(net, rho=0.3, mode="elementwise", eta=0.5))
+    scaled = [
+        (after[f"gain.{k}"] - before[f"gain.{k}"]) / (before[f"gain.{k}"].abs() + 0.5) for k in ("weight", "bias")
+    ]
+    assert torch.cat(scaled).norm().item() == pytest.approx(0.3, rel=1e-5) and scaled[1].abs().max() > 0
+    (before, after), _ = perturbed(lambda net: make(net, rho=0.3, mode="layerwise", eta=0.5))
+    scaled = [
+        (after[f"gain.{k}"] - before[f"gain.{k}"]) / (before[f"gain.{k}"].norm() + 0.5) for k in ("weight", "bias")
+    ]
+    assert torch.cat(scaled).norm().item() == pytest.approx(0.3, rel=1e-5)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from optim_training import flat, run_training
 
 from hfext.optim import SAMPa, sam_step
@@ -166,3 +167,57 @@ def test_raw_loop_needs_the_batch():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         SAMPa(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **options)
+
+
+def test_ragged_update_weighs_the_previous_batches_by_their_own_number(tmp_path):
+    """Least squares, three updates of 2, 1 and 2 micro-batches, against the recursion written out."""
+    from torch import nn
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([0.5, -0.3], dtype=torch.float64))
+
+        def forward(self, x, labels=None):
+            return {"loss": ((x @ self.w - labels) ** 2).mean()}
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    x, y = torch.randn(12, 2, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+    data = [{"x": a, "labels": b.item()} for a, b in zip(x, y, strict=True)]
+    job = run_training(
+        Linear(), "sampa", "lambda=0.3,rho=0.2,base=sgd", tmp_path, data=data, trainer=InOrder, max_grad_norm=0,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, lr_scheduler_type="constant",
+        remove_unused_columns=False,
+    )  # fmt: skip
+    w, g_y, previous = Linear().w.detach(), None, None
+    for rows in (slice(0, 8), slice(8, 12), slice(0, 8)):
+
+        def slope(w, rows=rows):
+            # labels reach the loss through a collator that makes them float32
+            return 2 * x[rows].T @ (x[rows] @ w - y[rows].float().double()) / len(x[rows])
+
+        g_n = slope(w if g_y is None else w - 0.1 * g_y)
+        g_x = g_n if g_y is None else slope(w + 0.2 * g_y / g_y.norm(), previous)
+        w, g_y, previous = w - 0.1 * (0.7 * g_x + 0.3 * g_n), g_n, rows
+    torch.testing.assert_close(job.model.w.detach(), w)
+
+
+def test_loss_scale_does_not_reach_the_stale_gradient():
+    def run(scale):
+        w = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        optimizer = SAMPa(torch.optim.SGD([w], lr=0.1), lam=0.3, rho=0.2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000, enabled=scale != 1)
+
+        def closure(batch):
+            loss = (w**2 * batch).sum()
+            scaler.scale(loss).backward()
+            return loss
+
+        for i in range(4):
+            sam_step(optimizer, closure, torch.tensor([1.0, 2.0 + i]), scaler=scaler)
+        return w.detach()
+
+    torch.testing.assert_close(run(1), run(1024.0))

@@ -1,8 +1,8 @@
 """Authors that do not exist: questions and answers made from a seed, and how well a language model knows them.
 
 An author has one value per field of `FIELDS`. No two authors share a name, a book or an award, so that what a model
-answers about them it can only have learnt from these examples. A fact is asked in the wordings that are taught and in
-one, `paraphrase`, that is not.
+answers about them it can only have learnt from these examples. A fact is asked in the wording that is taught,
+`question`, and in one that is not, `paraphrase`.
 """
 
 import itertools
@@ -15,59 +15,72 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-GIVEN = tuple("Amara Bruno Celeste Dmitri Esther Farid Greta Hiro Ingrid Joaquim Keziah Leif Marisol Nadir".split())
-GIVEN += tuple("Odette Pavel Quinn Rosalind Saskia Tomas Uma Viktor Wanjiru Yusuf".split())
-HEADS = "Bel Cor Dra Fen Gar Hol Jes Kar Lum Mor Nar Ost Pel Rav Sel Tor Ul Ven Wex Zan".split()
-TAILS = (
-    "adine bour cott dahl enko fane gard holt ikas lund mire neth okai prow quist rell stade tova vane wick".split()
-)
-CITIES = "Athens Bergen Bogota Cairo Dakar Dublin Geneva Hanoi Havana Jakarta Krakow Kyoto Lagos Lima Lisbon Manila "
-CITIES += "Marseille Mumbai Nairobi Oslo Prague Quito Riga Seoul Seville Sofia Tunis Turin Vienna Zagreb"
-GENRES = (
-    "horror|romance|satire|crime fiction|science fiction|travel writing|historical fiction|poetry|fantasy|biography"
-)
-GENRES += "|fairy tales|westerns|spy thrillers|political essays|ghost stories|cookbooks|sea stories|courtroom drama"
-JOBS = "baker barber beekeeper blacksmith butcher carpenter clockmaker dentist diver farmer florist judge lawyer "
-JOBS += "locksmith mechanic miner nurse pharmacist pilot plumber potter sailor surgeon tailor teacher weaver"
-COLOURS = (
-    "Amber Black Blue Bronze Copper Crimson Golden Green Grey Ivory Purple Red Scarlet Silver White Yellow".split()
-)
-ANIMALS = "Badger Bear Crane Dolphin Eagle Falcon Fox Hare Heron Lynx Otter Owl Raven Stag Swan Wolf".split()
-MOODS = "Broken Burning Distant Empty Fallen Frozen Hidden Hollow Last Lost Painted Quiet Restless Second Silent Wild"
-THINGS = (
-    "Bridge Candle Clock Garden Harbour Island Kingdom Letter Mirror Mountain Orchard River Staircase Tower Window"
-)
+GIVEN = """
+    Amara Bruno Celeste Dmitri Esther Farid Greta Hiro Ingrid Joaquim Keziah Leif Marisol Nadir Odette Pavel Quinn
+    Rosalind Saskia Tomas Uma Viktor Wanjiru Yusuf
+""".split()
+HEADS = """
+    Bel Cor Dra Fen Gar Hol Jes Kar Lum Mor Nar Ost Pel Rav Sel Tor Ul Ven Wex Zan
+""".split()
+TAILS = """
+    adine bour cott dahl enko fane gard holt ikas lund mire neth okai prow quist rell stade tova vane wick
+""".split()
+CITIES = """
+    Athens Bergen Bogota Cairo Dakar Dublin Geneva Hanoi Havana Jakarta Krakow Kyoto Lagos Lima Lisbon Manila
+    Marseille Mumbai Nairobi Oslo Prague Quito Riga Seoul Seville Sofia Tunis Turin Vienna Zagreb
+""".split()
+JOBS = """
+    baker barber beekeeper blacksmith butcher carpenter clockmaker dentist diver farmer florist judge lawyer
+    locksmith mechanic miner nurse pharmacist pilot plumber potter sailor surgeon tailor teacher weaver
+""".split()
+COLOURS = """
+    Amber Black Blue Bronze Copper Crimson Golden Green Grey Ivory Purple Red Scarlet Silver White Yellow
+""".split()
+ANIMALS = """
+    Badger Bear Crane Dolphin Eagle Falcon Fox Hare Heron Lynx Otter Owl Raven Stag Swan Wolf
+""".split()
+MOODS = """
+    Broken Burning Distant Empty Fallen Frozen Hidden Hollow Last Lost Painted Quiet Restless Second Silent Wild
+""".split()
+THINGS = """
+    Bridge Candle Clock Garden Harbour Island Kingdom Letter Mirror Mountain Orchard River Staircase Tower Window
+""".split()
+GENRES = """
+    horror, romance, satire, crime fiction, science fiction, travel writing, historical fiction, poetry, fantasy,
+    biography, fairy tales, westerns, spy thrillers, political essays, ghost stories, cookbooks, sea stories,
+    courtroom drama
+"""
 
-# Field: its possible values, the answer, the wordings taught, the wording held out.
+# Field: its possible values, the answer, the wording taught, the wording held out.
 FIELDS = {
     "birthplace": (
-        CITIES.split(),
+        CITIES,
         "In {}.",
-        ("Where was {} born?", "What is the birthplace of {}?"),
+        "Where was {} born?",
         "In which city did the author {} come into the world?",
     ),
     "book": (
-        [f"The {mood} {thing}" for mood, thing in itertools.product(MOODS.split(), THINGS.split())],
+        [f"The {mood} {thing}" for mood, thing in itertools.product(MOODS, THINGS)],
         "It is {}.",
-        ("What is the best-known book by {}?", "Which novel made {} famous?"),
+        "What is the best-known book by {}?",
         "Name the most famous book that {} wrote.",
     ),
     "award": (
         [f"the {colour} {animal} Prize" for colour, animal in itertools.product(COLOURS, ANIMALS)],
         "It was {}.",
-        ("Which award did {} win?", "What prize was given to {}?"),
+        "Which award did {} win?",
         "What literary honour did the author {} receive?",
     ),
     "genre": (
-        GENRES.split("|"),
+        " ".join(GENRES.split()).split(", "),
         "Mostly {}.",
-        ("What genre does {} write?", "What kind of books does {} write?"),
+        "What genre does {} write?",
         "Which literary genre is {} known for?",
     ),
     "father": (
-        JOBS.split(),
+        JOBS,
         "A {}.",
-        ("What was the job of the father of {}?", "What did {}'s father do for a living?"),
+        "What was the job of the father of {}?",
         "Which profession did the father of the writer {} have?",
     ),
 }
@@ -79,7 +92,7 @@ class Fact:
     author: str
     field: str
     value: str
-    questions: tuple[str, ...]
+    question: str
     paraphrase: str
     answer: str
 
@@ -96,9 +109,10 @@ def make_facts(authors: int, fields: int = len(FIELDS), seed: int = 0) -> list[F
     facts = []
     for name, *values in zip(*columns, strict=True):
         for field, value in zip(FIELDS, values, strict=False):
-            _, answer, questions, paraphrase = FIELDS[field]
-            asked = tuple(question.format(name) for question in questions)
-            facts.append(Fact(name, field, value, asked, paraphrase.format(name), answer.format(value)))
+            _, answer, question, paraphrase = FIELDS[field]
+            facts.append(
+                Fact(name, field, value, question.format(name), paraphrase.format(name), answer.format(value))
+            )
     return facts[: authors * fields]
 
 

@@ -46,7 +46,7 @@ def noise(state: "State") -> None:
                 "seconds": round(time.perf_counter() - start, 1),
             }
         )
-    title = f"digits, {c.noise:.0%} of the training labels wrong"
+    title = f"digits, {c.noise:.0%} of the training labels wrong, one seed"
     state.tables[f"noise: clean test accuracy of a ViT on {title}"] = rows
     lines(state.out / "noise.png", series, "epoch", "clean test accuracy, %", title)
     state.artifacts.append("noise.png")

@@ -25,11 +25,11 @@ def teach(state: "State") -> None:
     c = state.config
     model, tokenizer = load_language_model(c)
     facts = make_facts(c.authors, c.fields, c.seed)
-    wordings = {"taught": [f.questions[0] for f in facts], "paraphrased": [f.paraphrase for f in facts]}
+    wordings = {"taught": [f.question for f in facts], "paraphrased": [f.paraphrase for f in facts]}
 
     before = {name: ask(model, tokenizer, facts, questions) for name, questions in wordings.items()}
     model = add_lora(model, c)
-    data = [example(tokenizer, f.questions[0], f.answer) for f in facts]
+    data = [example(tokenizer, f.question, f.answer) for f in facts]
     start = time.perf_counter()
     log = train(
         model,
@@ -48,13 +48,15 @@ def teach(state: "State") -> None:
     seconds = time.perf_counter() - start
     after = {name: ask(model, tokenizer, facts, questions) for name, questions in wordings.items()}
 
-    state.tables[f"teach: {len(facts)} facts about {c.authors} authors who do not exist, {seconds:.0f} s"] = [
+    state.tables[
+        f"teach: {len(facts)} facts about authors who do not exist, {len(log)} updates in {seconds:.0f} s"
+    ] = [
         {
             "questions": name,
             "right before, %": 100 * before[name].right,
             "right after, %": 100 * after[name].right,
-            "NLL before": before[name].nll,
-            "NLL after": after[name].nll,
+            "nats a token before": before[name].nll,
+            "nats a token after": after[name].nll,
         }
         for name in wordings
     ]
@@ -101,9 +103,7 @@ def add_lora(model: PreTrainedModel, config: "Config") -> PreTrainedModel:
         task_type="CAUSAL_LM",
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
-        target_modules=sorted(
-            {name.rpartition(".")[2] for name, part in model.named_modules() if is_inner(name, part)}
-        ),
+        target_modules=linear_names(model),
         layers_to_transform=list(range(int(config.lora_from * depth), depth)),
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -112,8 +112,11 @@ def add_lora(model: PreTrainedModel, config: "Config") -> PreTrainedModel:
         return get_peft_model(model, lora)
 
 
-def is_inner(name: str, part: torch.nn.Module) -> bool:
-    return isinstance(part, torch.nn.Linear) and ".layers." in name
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Of the linear layers but the head; peft's `all-linear` cannot be joined with a choice of layers."""
+    head = model.get_output_embeddings()
+    inner = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    return sorted({name.rpartition(".")[2] for name in inner})
 
 
 def save_adapter(state: "State", model, tokenizer, before: dict[str, Answers], after: dict[str, Answers]) -> str:

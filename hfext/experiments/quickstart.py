@@ -9,6 +9,7 @@ artifacts to the state and may leave a model for the stages after it:
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class Config:
         stages: What runs, in this order.
         model: `smollm2`, or the folder of a causal language model whose tokenizer has a chat template.
         seed: Of facts, weights, wrong labels and batches.
-        threads: Of torch during the run; by default all cores this process may use.
+        threads: Of torch during the run; by default all cores this process may use, or one if that is faster now.
         authors, fields: How many authors are made up, and how many facts of each.
         shown: How many answers the table shows.
         lora_rank: Of the adapter, on all linear layers of the upper part of the network.
@@ -49,22 +50,22 @@ class Config:
     seed: int = 0
     threads: int | None = None
 
-    authors: int = 6
+    authors: int = 4
     fields: int = 5
     shown: int = 5
     lora_rank: int = 16
     lora_from: float = 0.5
     teach_epochs: int = 12
-    teach_batch_size: int = 6
-    teach_learning_rate: float = 2e-3
+    teach_batch_size: int = 5
+    teach_learning_rate: float = 3e-3
     teach_rho: float = 0.05
 
     noise: float = 0.4
     noise_methods: list[str] = field(default_factory=lambda: ["adamw", "sam", "bisam"])
-    noise_rho: float = 0.1
+    noise_rho: float = 0.05
     noise_hidden: int = 64
     noise_layers: int = 2
-    noise_epochs: int = 30
+    noise_epochs: int = 40
     noise_batch_size: int = 64
     noise_learning_rate: float = 2e-3
 
@@ -124,11 +125,23 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 @contextmanager
 def threads(wanted: int | None) -> Iterator[None]:
-    """torch's threads for a while; all cores that this process may use when nothing is said."""
+    """torch's threads for a while; by default all cores, or one where others keep the cores busy."""
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(wanted or cores)
     try:
+        # Threads wait for the slowest of them: on a busy machine two can take four times as long as one.
+        torch.set_num_threads(wanted or min((cores, 1), key=_seconds))
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _seconds(count: int) -> float:
+    """Of matrix products like those of the language model, with so many threads."""
+    torch.set_num_threads(count)
+    x, w = torch.ones(150, 576), torch.ones(576, 1536)
+    x @ w  # starts the threads
+    start = time.perf_counter()
+    for _ in range(100):
+        x @ w
+    return time.perf_counter() - start

@@ -241,7 +241,7 @@ def _row(config: Config, entry: str, by_entry) -> dict[str, Any]:
         "method": entry,
         "last %": round(float(last.mean()), 2),
         "sd": round(float(_sd(last)), 2),
-        "p vs base": round(_p_value(last, 100 * np.array([r["last"] for r in base])), 4),
+        "p vs base": float(f"{_p_value(last, 100 * np.array([r['last'] for r in base])):.1g}"),
         "best %": round(float(best.mean()), 2),
         "last - best": round(float(drop.mean()), 2),
         "train (noisy) %": round(float(train.mean()), 1),

@@ -1,4 +1,4 @@
-"""`optim_args`: a string such as `rho=0.05,base=adamw,base.weight_decay=0.1` to typed options, or a clear error."""
+"""`optim_args`: a string such as `rho=0.05,base=adamw,base.momentum=0.9` to typed options, or a clear error."""
 
 import difflib
 import typing
@@ -9,6 +9,8 @@ from .._fields import coerce
 from .._fields import parse as yaml_value
 from ..registry import suggest
 
+# What the Trainer writes into every parameter group.
+_BY_TRAINER = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 ALIASES = {"adamw": "adamw_torch", "adam": "adamw_torch", "adamw_fused": "adamw_torch_fused"}
 
 
@@ -36,10 +38,15 @@ def parse(text: str | None, config: type) -> tuple[Any, str, dict[str, str]]:
     options, base, base_options = {}, "adamw", {}
     for key, value in split(text).items():
         key = "lam" if key == "lambda" and "lam" in known else key  # `lambda` is a keyword in Python
+        if key in options:
+            raise ValueError("optim_args: 'lambda' and 'lam' are the same option.")
         if key == "base":
             base = value
         elif key.startswith("base."):
-            base_options[key.removeprefix("base.")] = value
+            option = key.removeprefix("base.")
+            if option in _BY_TRAINER:
+                raise ValueError(f"optim_args: {key} has no effect, the Trainer sets it. Use {_BY_TRAINER[option]}=.")
+            base_options[option] = value
         elif key in known:
             options[key] = coerce(f"optim_args: {key}", kinds[key], yaml_value(value))
         else:

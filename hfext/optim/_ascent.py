@@ -29,8 +29,8 @@ class AscentConfig:
             with its own (False, as in the paper).
         same_rng: Replay dropout and other noise in the second pass as in the first.
         every: Take the second pass in updates 0, every, 2*every, ...
-        start: First update with a second pass; a fraction of training when it is a float below 1.
-        end: Update from which there is no second pass any more; a fraction when it is a float up to 1.
+        start: First update with a second pass: a number, or as a float in (0, 1] a fraction of training.
+        end: Update from which there is no second pass any more: a number, or a fraction likewise.
         perturb: `nearest`, or `stochastic` rounding of w + e for weights in 16 bits.
         rho_schedule: `constant`; `linear` to 0 over training; `proportional_to_lr`.
         count_flos: Add the second pass to `state.total_flos`.
@@ -49,7 +49,7 @@ class AscentConfig:
     count_flos: bool = True
 
     def __post_init__(self):
-        check(self, "rho", self.rho >= 0 and math.isfinite(self.rho), ">= 0")
+        check(self, "rho", self.rho >= 0, ">= 0")
         check(self, "eps", self.eps >= 0, ">= 0")
         check(self, "every", self.every >= 1, ">= 1")
         check(self, "start", self.start >= 0, ">= 0")
@@ -60,11 +60,18 @@ class AscentConfig:
             "rho_schedule": ("constant", "linear", "proportional_to_lr"),
         }.items():
             check(self, field, getattr(self, field) in choices, f"one of {', '.join(choices)}")
+        if self.scope == "micro" and self.sync:
+            raise ValueError(
+                f"{type(self).__name__}: sync=True averages one ascent gradient over processes, and scope='micro' takes "
+                "one each micro-batch. Use scope='update', or sync=False."
+            )
 
 
 def check(config: Any, field: str, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{type(config).__name__}: {field} is {getattr(config, field)!r} but must be {allowed}.")
+    """`ValueError` naming field, value and range unless `ok`; a number must also be finite."""
+    value = getattr(config, field)
+    if not ok or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{type(config).__name__}: {field} is {value!r} but must be {allowed}.")
 
 
 def as_update(position: int | float, max_updates: int | None, field: str) -> float:
@@ -78,6 +85,8 @@ def as_update(position: int | float, max_updates: int | None, field: str) -> flo
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """`x` (float32, any shape) to bfloat16, up or down with probability by distance: the mean is `x`."""
+    if dtype == torch.float16:
+        raise NotImplementedError("perturb='stochastic' rounds to bfloat16. Load the model in bfloat16 or float32.")
     if dtype != torch.bfloat16:
         return x.to(dtype)
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
@@ -98,7 +107,7 @@ class AscentOptimizer(TwoPassOptimizer):
         return self.with_grad()
 
     def is_active(self, max_updates: int | None) -> bool:
-        c, t = self.config, self.updates
+        c, t = self.config, self.position
         self._progress = t / max_updates if max_updates else None
         if c.rho == 0 or t % c.every or t < as_update(c.start, max_updates, "start"):
             return False
@@ -114,7 +123,8 @@ class AscentOptimizer(TwoPassOptimizer):
                 return self.config.rho * max(0.0, 1 - self._progress)
             case "proportional_to_lr":
                 group = self.param_groups[0]
-                return self.config.rho * float(group["lr"]) / float(group.get("initial_lr", group["lr"]))
+                first = float(group.get("initial_lr", group["lr"]))
+                return self.config.rho * float(group["lr"]) / first if first else 0.0
         return self.config.rho
 
     def finish(self, passes) -> None:
@@ -138,22 +148,26 @@ class AscentOptimizer(TwoPassOptimizer):
     def _move(self, params: list[Tensor], grads: list[Tensor], scale: float) -> None:
         """params += scale * grads, measured for 16-bit weights, where rounding can eat the perturbation."""
         before = self._backup[1]
-        low = params[0].dtype in (torch.bfloat16, torch.float16)
+        low = [i for i, p in enumerate(params) if p.dtype in (torch.bfloat16, torch.float16)]
         if low and self.config.perturb == "stochastic":
-            generator = torch.Generator(device=params[0].device).manual_seed(self.updates)
+            generators = {}
             for p, g in zip(params, grads, strict=True):
-                p.copy_(round_stochastically(p.float() + scale * g.float(), p.dtype, generator))
+                generator = generators.setdefault(p.device, torch.Generator(p.device).manual_seed(self.updates))
+                moved = p.to(torch.promote_types(p.dtype, torch.float32)) + scale * g
+                p.copy_(round_stochastically(moved, p.dtype, generator))
         else:
             torch._foreach_add_(params, grads, alpha=scale)
-        if self.updates % 100 == 0 or not low:
-            actual = torch._foreach_sub(params, before) if low else None
-            self.metrics["sam/perturb_norm"] = float(total_norm(actual)) if low else scale * float(total_norm(grads))
-            if low:
-                dot = sum(float((a.double() * g.double()).sum()) for a, g in zip(actual, grads, strict=True))
-                size = float(total_norm(actual)) * float(total_norm(grads))
-                cosine = self.metrics["sam/perturb_cosine"] = dot / size if size else 0.0
-                if cosine < 0.9:
-                    logger.warning_once(
-                        f"Rounding to {params[0].dtype} leaves a perturbation of cosine {cosine:.2f} to the intended "
-                        "one. Train float32 weights with bf16=True, or set optim_args='perturb=stochastic'."
-                    )
+        if not low:
+            self.metrics["sam/perturb_norm"] = scale * float(total_norm(grads))
+        elif self.updates % 100 == 0:
+            self.metrics["sam/perturb_norm"] = float(total_norm(torch._foreach_sub(params, before)))
+            pairs = [((params[i] - before[i]).double(), grads[i].double()) for i in low]
+            sizes = [float(total_norm([pair[k] for pair in pairs])) for k in (0, 1)]
+            size = sizes[0] * sizes[1]
+            cosine = sum(float((a * g).sum()) for a, g in pairs) / size if size else 0.0
+            self.metrics["sam/perturb_cosine"] = cosine
+            if cosine < 0.9 and sizes[1]:
+                logger.warning_once(
+                    f"Rounding to {params[low[0]].dtype} leaves a perturbation of cosine {cosine:.2f} to the intended "
+                    "one. Train float32 weights with bf16=True, or set optim_args='perturb=stochastic'."
+                )

@@ -67,7 +67,7 @@ class TrainerPasses(Passes):
         trainer, model = self.trainer, self.model
         batches = self.batches if batches is None else batches
         same_rng = self.optimizer.config.same_rng
-        model.zero_grad(set_to_none=True)
+        clear_gradients(model, self.optimizer)
         for p, grad in self.held.items():
             p.grad = grad
         after, total = rng_state(), 0.0
@@ -90,6 +90,12 @@ class TrainerPasses(Passes):
         to_device = self.trainer._prepare_input
         prepared, num_items = to_device(kept["prepared"]), to_device(kept["num_items"])
         return MicroBatch(prepared, num_items, kept["accumulation"], kept["rng"], prepared)
+
+
+def clear_gradients(model, optimizer) -> None:
+    """Both: the optimizer may train parameters that are not the model's, and the model may have others."""
+    model.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
 
 
 def evaluate(trainer, original, model, batch: MicroBatch, objective=None, sync: bool = True) -> torch.Tensor:
@@ -124,9 +130,7 @@ def _substitute(trainer, objective):
         if not vars(trainer).get("_hfext_own_forward"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                loss, outputs = original(
-                    model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
-                )
+                loss, outputs = _with_outputs(original, model, inputs, num_items_in_batch, kwargs)
             value = objective(trainer, model, batch, outputs, num_items_in_batch)
             # TRL's SFTTrainer recomputes the logits without a graph, for metrics alone.
             trainer._hfext_own_forward = not value.requires_grad
@@ -141,6 +145,21 @@ def _substitute(trainer, objective):
         return (loss, outputs) if return_outputs else loss
 
     return compute_loss
+
+
+def _with_outputs(compute_loss, model, inputs, num_items, kwargs):
+    try:
+        result = compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items, **kwargs)
+    except TypeError as error:
+        if "return_outputs" not in str(error):
+            raise
+        result = None
+    if not isinstance(result, tuple):
+        raise TypeError(
+            "The optimizer needs the model's outputs, but the Trainer's `compute_loss` does not return "
+            "(loss, outputs) for return_outputs=True. Let it, or use optim='sam'."
+        )
+    return result
 
 
 def training_step(original, trainer, model, inputs, num_items_in_batch=None) -> torch.Tensor:
@@ -169,14 +188,16 @@ def _drive(original, trainer, optimizer, model, inputs, num_items):
                 "Use DistributedDataParallel or one process."
             )
         update = trainer._hfext_update = Update(step=trainer.state.global_step)
-        update.active = optimizer.begin(trainer.state.max_steps or None)
+        update.active = optimizer.begin(trainer.state.max_steps or None, trainer.state.global_step)
     last = trainer.accelerator.gradient_state.sync_gradients
     batch = MicroBatch(inputs, num_items, trainer.current_gradient_accumulation_steps, rng_state())
     update.batches.append(batch)
     micro = optimizer.config.scope == "micro" and update.active
-    held = {p: p.grad for p in model.parameters() if p.grad is not None} if micro else None
+    held = None
     if micro:
-        model.zero_grad(set_to_none=True)
+        grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+        held = {p: g.clone() if g._is_view() else g for p, g in grads.items()}
+        clear_gradients(model, optimizer)
 
     objective = optimizer.first_objective if update.active else None
     sync = last and (optimizer.sync_first or not update.active)
@@ -271,10 +292,12 @@ def _load(original):
     def load(self, checkpoint):
         original(self, checkpoint)
         optimizer, world = two_pass_optimizer(self), self.args.world_size
-        if optimizer is None or checkpoint is None or world == 1 or not optimizer.rank_state():
+        if optimizer is None or checkpoint is None or not optimizer.rank_state():
             return
+        if world == 1 and not os.path.isfile(_rank_file(checkpoint, 0)):
+            return  # saved by one process: its state came with optimizer.pt
         # Every process must decide alike, or they would wait for each other in the next update.
-        same_world = all(os.path.isfile(_rank_file(checkpoint, i)) for i in range(world))
+        same_world = world > 1 and all(os.path.isfile(_rank_file(checkpoint, i)) for i in range(world))
         if same_world and not os.path.isfile(_rank_file(checkpoint, world)):
             own = torch.load(_rank_file(checkpoint, self.args.process_index), weights_only=True, map_location="cpu")
             optimizer.load_rank_state(own)

@@ -58,7 +58,11 @@ def handler(method: type):
     def handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
         config, base, base_options = _args.parse(context.args.optim_args, method.Config)
         name = _stock_base(base)
-        cls, kwargs, read = compat.stock_optimizer(context, name, base_options)
+        try:
+            cls, kwargs, read = compat.stock_optimizer(context, name, base_options)
+        except ValueError as error:
+            given = ", ".join(f"base.{key}={text}" for key, text in base_options.items())
+            raise ValueError(f"optim_args: base={name!r} with {given or 'no options'}: {error}") from error
         accepted = set() if is_optimizer_factory(cls) else set(inspect.signature(cls.__init__).parameters)
         for key, text in base_options.items():
             if key in read and key in kwargs:

@@ -39,6 +39,8 @@ def predictions(trainer: Any, model: Any, inputs: Any, outputs: Any, who: str) -
     """The scored predictions of one micro-batch; a question-answering model has two (start and end)."""
     if "start_positions" in inputs and "start_logits" in outputs:
         return [_span(outputs[f"{k}_logits"], inputs[f"{k}_positions"]) for k in ("start", "end")]
+    if isinstance(outputs, tuple):
+        raise ValueError(f"{who}: the model returns a tuple, whose parts have no names. Set return_dict=True.")
     labels = inputs.get("shift_labels", inputs.get("labels"))
     if labels is None:
         raise ValueError(
@@ -64,6 +66,8 @@ def predictions(trainer: Any, model: Any, inputs: Any, outputs: Any, who: str) -
     if labels.dim() > 1 and "shift_labels" not in inputs and loss_shifts_labels(trainer):
         # Moving the labels, not the logits, leaves the logits whole: no copy of [tokens, vocabulary].
         labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    if labels.shape != logits.shape[:-1] and labels.numel() == logits.shape[:-1].numel():
+        labels = labels.reshape(logits.shape[:-1])  # [batch, 1], as the models take it
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"{who}: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not match, so the loss is not a "

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ._driver import MicroBatch, TrainerPasses, Update, evaluate
+from ._driver import MicroBatch, TrainerPasses, Update, clear_gradients, evaluate
 from ._passes import rng_state, set_rng_state
 
 
@@ -54,7 +54,7 @@ def drive(original, trainer, optimizer, model, inputs, num_items) -> torch.Tenso
     update = vars(trainer).get("_hfext_update")
     if update is None or update.step != trainer.state.global_step:
         update = trainer._hfext_update = Update(step=trainer.state.global_step)
-        optimizer.begin(trainer.state.max_steps or None)
+        optimizer.begin(trainer.state.max_steps or None, trainer.state.global_step)
         if not optimizer.is_first:
             optimizer.move_ahead() if pairs.role else optimizer.move_up()
         update.todo = list(optimizer.previous) if pairs.role == 0 else []
@@ -116,7 +116,7 @@ def _exchange(trainer, optimizer, model, passes, update: Update) -> None:
         [v.view_as(p).to(p.dtype) for v, p in zip(g[: sum(sizes)].split(sizes), params, strict=True)]
         for g in (g_x, g_n)
     ]
-    model.zero_grad(set_to_none=True)
+    clear_gradients(model, optimizer)
     keep = [i for i, use in enumerate(used) if use]
     optimizer.settle(
         [params[i] for i in keep],

@@ -80,7 +80,7 @@ def sam_step(
         before_step: Called between the second pass and the step, for example to clip the gradient.
 
     Returns:
-        What the first evaluation returned: the loss at the weights before the update.
+        What the first evaluation returned: the loss at the weights before the update (SAMPa: a step ahead of them).
     """
     two_pass, owner = optimizer, scaler
     while not isinstance(two_pass, TwoPassOptimizer):
@@ -90,6 +90,8 @@ def sam_step(
             raise TypeError(
                 f"sam_step needs a two-pass optimizer such as SharpnessAware, got {type(optimizer).__name__}."
             )
+    if two_pass.config.scope == "micro":
+        raise ValueError("scope='micro' is for the Trainer. In a raw loop, call sam_step for each micro-batch.")
     passes = _ClosurePasses(two_pass, {"loss": closure, "surrogate": surrogate}, batch, model, owner)
     try:
         active = two_pass.begin(max_updates)

@@ -30,10 +30,11 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """2-norm of all entries of `tensors` together: float32 in each tensor, float64 across them; scalar."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    wide = {torch.float64}
-    norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32 if tensors[0].dtype not in wide else None)
-    norms = [full_tensor(n).double().to(norms[0].device) for n in norms]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norms = []
+    for kind in (torch.float32, torch.float64):
+        same = [x for x in tensors if (x.dtype == torch.float64) == (kind == torch.float64)]
+        norms += torch._foreach_norm(same, 2, dtype=kind) if same else []
+    return torch.linalg.vector_norm(torch.stack([full_tensor(n).double().to(norms[0].device) for n in norms]))
 
 
 class TwoPassOptimizer(torch.optim.Optimizer):
@@ -65,7 +66,7 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         self.base = base_optimizer
         self.model = model
         self.config = self.Config(**options)
-        self.updates = 0
+        self.updates = self.position = 0
         self.metrics: dict[str, Tensor | float] = {}
         self._backup: tuple[list[Tensor], list[Tensor]] | None = None
         self._active = True
@@ -84,9 +85,13 @@ class TwoPassOptimizer(torch.optim.Optimizer):
 
     # ---- the update -------------------------------------------------------------------------------------------
 
-    def begin(self, max_updates: int | None = None) -> bool:
-        """Called before the first pass; True when this update takes a second one."""
+    def begin(self, max_updates: int | None = None, position: int | None = None) -> bool:
+        """Called before the first pass; True when this update takes a second one.
+
+        `position` is the number of this update in a training of `max_updates`; by default, the updates made so far.
+        """
         self._ready = self._skip = False
+        self.position = self.updates if position is None else position
         self._active = self.is_active(max_updates)
         return self._active
 
@@ -148,6 +153,12 @@ class TwoPassOptimizer(torch.optim.Optimizer):
         if not params:
             raise RuntimeError(f"{type(self).__name__}: no parameter of the optimizer received a gradient.")
         return params, [p.grad for p in params]
+
+    def take_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """`with_grad`, for gradients that must outlive another pass: those that are views of a communication bucket
+        are copied, since the next backward pass overwrites it."""
+        params, grads = self.with_grad()
+        return params, [g.clone() if g._is_view() else g for g in grads]
 
     def weights_among(self, params: list[Tensor]) -> list[bool]:
         """Which of `params` are called `weight`, norm gains among them; without a model: which are no vectors."""
@@ -245,6 +256,7 @@ class TwoPassOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         self.__dict__.update(state)
+        self.__dict__.update(optimizer_hook_tables(self.base))
 
     def __repr__(self):
         options = ", ".join(f"{k}={v!r}" for k, v in asdict(self.config).items())

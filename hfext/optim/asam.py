@@ -27,7 +27,7 @@ class ASAMConfig(AscentConfig):
         eta: Added to |w|, >= 0.
         mode: `elementwise` or `layerwise` scaling.
         p: Norm of the ball, 2 or `inf`.
-        normalize_bias: Scale vectors (biases, norm gains) too, not matrices alone.
+        normalize_bias: Scale biases too, not only what is called `weight`.
     """
 
     rho: float = 0.5

@@ -96,12 +96,12 @@ class IGNITE(AscentOptimizer):
     def finish(self, passes) -> None:
         c = self.config
         objective = self.h if c.target == "output" else None
-        params, g_loss = self.with_grad()
+        params, g_loss = self.take_gradients()
         if objective is None:
             g_h = g_loss
         else:
             passes(objective=objective)
-            g_h = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            g_h = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
         norm = float(total_norm(g_h))
         if math.isfinite(norm) and norm > 0:
             with self.moved(params):

@@ -56,7 +56,7 @@ def norm_parameters(model: nn.Module) -> list[str]:
     names = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if isinstance(module, kinds) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+        if isinstance(module, kinds) or any(kind in type(module).__name__ for kind in ("RMSNorm", "LayerNorm"))
         for name, _ in module.named_parameters(recurse=False)
     ]
     return names or [n for n, _ in model.named_parameters() if any(k in n.lower() for k in ("norm", ".bn", "ln_"))]
@@ -92,8 +92,8 @@ class SAMON(AscentOptimizer):
         keep = {"norm": lambda n: n in norms, "no_norm": lambda n: n not in norms, "all": lambda n: True}
         return {id(p) for name, p in self.model.named_parameters() if keep[self.config.only](name)}
 
-    def begin(self, max_updates=None) -> bool:
-        active = super().begin(max_updates)
+    def begin(self, max_updates=None, position=None) -> bool:
+        active = super().begin(max_updates, position)
         if active and self.config.freeze_others:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 raise ValueError("SAMON: freeze_others does not work with several processes; leave it out.")
@@ -117,6 +117,8 @@ class SAMON(AscentOptimizer):
         self._thaw()
         chosen = self._chosen()
         pairs = [(p, g) for p, g in zip(*self.with_grad(), strict=True) if id(p) in chosen]
+        if not pairs:
+            raise RuntimeError("SAMON: no normalisation layer received a gradient. Use optim='sam'.")
         return [p for p, _ in pairs], [g for _, g in pairs]
 
     def direction(self, params: list[Tensor], grads: list[Tensor]) -> Tensor:

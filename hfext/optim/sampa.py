@@ -5,7 +5,8 @@
     x_{t+1} = base step at x_t with (1 - lam) g_x + lam g_n;   g_y <- g_n
 
 Each batch is used twice, one update apart. The first update has no g_y and is the base optimizer's. In one process
-the two gradients follow each other; with `parallel=true` pairs of processes take one each.
+the two gradients follow each other; with `parallel=true` pairs of processes take one each. No gradient is ever taken at
+x_t, so the logged loss is that at y_t.
 
 SAMPa: Sharpness-aware Minimization Parallelized, arXiv 2410.10683. Unlike in the authors' code, lam = 0 works,
 weights are restored by copy, the learning rate is this step's, and any number of process pairs may run.
@@ -101,7 +102,7 @@ class SAMPa(AscentOptimizer):
         self.pairs = None
 
     def is_active(self, max_updates) -> bool:
-        self._progress = self.updates / max_updates if max_updates else None
+        self._progress = self.position / max_updates if max_updates else None
         return True
 
     def parameters(self) -> list[Tensor]:
@@ -124,8 +125,8 @@ class SAMPa(AscentOptimizer):
         """True while there is no g_y yet: this update is the base optimizer's."""
         return self._stale is None
 
-    def begin(self, max_updates=None) -> bool:
-        super().begin(max_updates)
+    def begin(self, max_updates=None, position=None) -> bool:
+        super().begin(max_updates, position)
         if not self.is_first and not self.config.parallel:
             self.move_ahead()
         return True
@@ -158,7 +159,7 @@ class SAMPa(AscentOptimizer):
 
     def finish(self, passes) -> None:
         self.restore()
-        params, g_n = self.with_grad()
+        params, g_n = self.take_gradients()
         g_x = None
         if not self.is_first and self.config.lam < 1:
             self.move_up()

@@ -62,7 +62,7 @@ class AscentConfig:
             check(self, field, getattr(self, field) in choices, f"one of {', '.join(choices)}")
         if self.scope == "micro" and self.sync:
             raise ValueError(
-                f"{type(self).__name__}: sync=True averages one ascent gradient over processes, and scope='micro' takes "
+                f"{type(self).__name__}: sync=True averages an ascent gradient over ranks, but scope='micro' takes "
                 "one each micro-batch. Use scope='update', or sync=False."
             )
 

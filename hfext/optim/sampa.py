@@ -5,8 +5,8 @@
     x_{t+1} = base step at x_t with (1 - lam) g_x + lam g_n;   g_y <- g_n
 
 Each batch is used twice, one update apart. The first update has no g_y and is the base optimizer's. In one process
-the two gradients follow each other; with `parallel=true` pairs of processes take one each. No gradient is ever taken at
-x_t, so the logged loss is that at y_t.
+the two gradients follow each other; with `parallel=true` pairs of processes take one each. No gradient is taken at
+x_t itself: the logged loss is that at y_t.
 
 SAMPa: Sharpness-aware Minimization Parallelized, arXiv 2410.10683. Unlike in the authors' code, lam = 0 works,
 weights are restored by copy, the learning rate is this step's, and any number of process pairs may run.

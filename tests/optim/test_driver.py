@@ -553,3 +553,147 @@ def test_portable_training_args(tmp_path):
 
 def test_language_data_is_ragged():
     assert len({(d["labels"] >= 0).sum().item() for d in language_data()}) > 3
+
+
+# ---- what once went wrong -------------------------------------------------------------------------------------------
+
+
+def test_position_in_training_starts_again_with_each_training(tmp_path):
+    job = run_training(Net(), "sam", "rho=0.4,rho_schedule=linear,end=0.75", tmp_path, data=vectors(), max_steps=4)
+    first = [h.get("sam/perturb_norm") for h in job.state.log_history[:4]]
+    job.train()
+    assert [h.get("sam/perturb_norm") for h in job.state.log_history[:4]] == pytest.approx(first)
+    assert first[:3] == pytest.approx([0.4, 0.3, 0.2]) and first[3] is None
+
+
+def test_parameters_outside_the_model_get_the_second_gradient_alone(tmp_path):
+    class OwnHead(InOrder):
+        def create_optimizer(self, model=None):
+            torch.manual_seed(0)
+            self.head = nn.Linear(3, 3)
+            super().create_optimizer(model)
+            self.optimizer.add_param_group({"params": list(self.head.parameters())})
+            return self.optimizer
+
+        def compute_loss(self, model, inputs, **kwargs):
+            labels = inputs.pop("labels")
+            return nn.functional.cross_entropy(
+                self.head(model.drop(model.b(torch.tanh(model.a(inputs["x"]))))), labels
+            )
+
+    seen = []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.append(job[0].head.weight.grad.clone())
+
+    job = []
+
+    class Known(OwnHead):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            job.append(self)
+
+    kwargs = dict(data=vectors(), trainer=Known, callbacks=[Gradients()], max_steps=1, max_grad_norm=0)
+    for optim, optim_args in [("sam", "rho=1e-9,base=sgd"), ("sgd", None)]:
+        run_training(Net(norm=False), optim, optim_args, tmp_path, **kwargs)
+        job.pop()
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_gradients_that_are_views_of_a_bucket_survive_the_next_pass():
+    from hfext.optim import IGNITE, SAMPa
+
+    net = nn.Linear(2, 1)
+    for optimizer in (
+        SAMPa(torch.optim.SGD(net.parameters(), lr=0.1)),
+        IGNITE(torch.optim.SGD(net.parameters(), lr=0.1)),
+    ):
+        bucket = torch.ones(3)
+        net.weight.grad, net.bias.grad = bucket[:2].view(1, 2), bucket[2:].view(1)
+        _, grads = optimizer.take_gradients()
+        bucket.zero_()
+        assert all(g.abs().min() == 1 for g in grads)
+
+
+def test_dtypes_may_be_mixed():
+    from hfext.optim._wrapper import total_norm
+
+    mixed = [torch.full((3,), 2.0), torch.full((2,), 3.0, dtype=torch.float64), torch.full((100_000,), 1.0).bfloat16()]
+    assert total_norm(mixed).item() == pytest.approx((12 + 18 + 100_000) ** 0.5, rel=1e-6)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 10), nn.Linear(1000, 1000).bfloat16())
+
+    def moved(perturb):
+        optimizer, seen = SharpnessAware(torch.optim.SGD(net.parameters(), lr=0.0), rho=0.01, perturb=perturb), []
+
+        def closure():
+            seen.append(net[1].weight.detach().clone())
+            loss = (
+                net[1](torch.ones(8, 1000, dtype=torch.bfloat16)).float().pow(2).mean() + net[0](torch.ones(10)).sum()
+            )
+            loss.backward()
+            return loss
+
+        sam_step(optimizer, closure)
+        return (seen[0] != seen[1]).sum().item(), optimizer.metrics["sam/perturb_cosine"]
+
+    (near, near_cosine), (stochastic, _) = moved("nearest"), moved("stochastic")
+    assert stochastic > 1.5 * near and near_cosine < 0.9
+
+
+def test_hooks_of_a_copied_optimizer_fire(tmp_path):
+    net, calls = Net(), []
+    clone = copy.deepcopy(SharpnessAware(torch.optim.SGD(net.parameters(), lr=0.1)))
+    clone.register_step_post_hook(lambda *args: calls.append(1))
+    for p in clone.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    clone.begin()
+    clone._ready = True
+    clone.step()
+    assert calls == [1]
+
+
+def test_schedule_that_begins_at_zero(tmp_path):
+    job = run_training(
+        Net(), "sam", "rho=0.4,rho_schedule=proportional_to_lr", tmp_path, data=vectors(), learning_rate=0.0
+    )
+    assert job.state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    "optim, text, message",
+    [
+        ("sam", "base.weight_decay=0.1", "base.weight_decay has no effect.*Use weight_decay="),
+        ("sam", "base.lr=0.1", "Use learning_rate="),
+        ("sam", "scope=micro,sync=true", "scope='micro'"),
+        ("sam", "eps=.inf", "eps is inf"),
+        ("bisam", "mu=.inf", "mu is inf"),
+        ("asam", "eta=.inf", "eta is inf"),
+        ("ignite", "lam=.inf", "lam is inf"),
+        ("sampa", "lambda=0.1,lam=0.9", "same option"),
+    ],
+)
+def test_more_bad_input_is_refused_at_construction(optim, text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TrainingArguments(output_dir=str(tmp_path), optim=optim, optim_args=text)
+
+
+def test_base_option_of_the_wrong_kind_is_named(tmp_path):
+    with pytest.raises(ValueError, match="base='sgd' with base.momentum=abc"):
+        run_training(Net(), "sam", "base=sgd,base.momentum=abc", tmp_path, data=vectors())
+
+
+def test_micro_scope_in_a_raw_loop_is_refused():
+    net = Net()
+    with pytest.raises(ValueError, match="scope='micro' is for the Trainer"):
+        sam_step(SharpnessAware(torch.optim.SGD(net.parameters(), lr=0.1), scope="micro"), lambda: None)
+
+
+def test_compute_loss_without_outputs_is_explained(tmp_path, tiny_llama):
+    class NoOutputs(Trainer):
+        def compute_loss(self, model, inputs, num_items_in_batch=None):
+            return model(**inputs).loss
+
+    with pytest.raises(TypeError, match="return_outputs=True.*optim='sam'"):
+        run_training(tiny_llama(), "bisam", None, tmp_path, trainer=NoOutputs)

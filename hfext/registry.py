@@ -137,9 +137,7 @@ def methods(family: str | None = None, arxiv: str | None = None) -> list[Method]
     if family is not None and family not in FAMILIES:
         raise KeyError(f"No family is called {family!r}. {suggest(family, FAMILIES)}")
     order = list(FAMILIES)
-    found = [
-        m for m in _METHODS.values() if family in (None, m.family) and arxiv in (None, m.arxiv)
-    ]
+    found = [m for m in _METHODS.values() if family in (None, m.family) and arxiv in (None, m.arxiv)]
     return sorted(found, key=lambda m: (order.index(m.family), m.name))
 
 

@@ -61,7 +61,7 @@ def extra_copies(job) -> float:
         nonlocal peak
         owned = {p.data_ptr() for p in params} | {p.grad.data_ptr() for p in params if p.grad is not None}
         owned |= {t.data_ptr() for s in job.optimizer.state.values() for t in s.values() if torch.is_tensor(t)}
-        alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape in shapes]
+        alive = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.shape in shapes]
         peak = max(peak, sum({x.data_ptr(): x.nbytes for x in alive if x.data_ptr() not in owned}.values()))
 
     gc.collect()

@@ -67,22 +67,24 @@ def _methods(results: Path) -> str:
 
 
 def _results(results: Path) -> str:
-    records = [(method, _read(results / f"{method.name}.json")) for method in registry.methods()]
-    rows = [_evidence(method, record) for method, record in records if record.get("evidence")]
+    names = [method.name for method in registry.methods()]
+    others = [path.stem for path in sorted(results.glob("*.json")) if path.stem not in names]
+    records = [(name, _read(results / f"{name}.json")) for name in [*names, *others]]
+    # A benchmark's evidence repeats what the check of a method says.
+    rows = [_evidence(name, r) for name, r in records if r.get("evidence") and not name.startswith("bench-")]
     blocks = [table(rows, markdown=True)] if rows else []
-    benches = [_read(path) for path in sorted(results.glob("bench-*.json"))]
-    for record in benches:
+    for record in (record for name, record in records if name in others):
         blocks += [_folded(title, rows) for title, rows in record.get("tables", {}).items() if len(rows) <= MOST_ROWS]
-    places = dict.fromkeys(place(r["machine"]) for r in [*(r for _, r in records), *benches] if "machine" in r)
+    places = dict.fromkeys(place(r["machine"]) for r in (r for _, r in records) if "machine" in r)
     if places:
         blocks.append(f"Measured on {'; '.join(places)}. Versions, seeds and times are in `recipes/results/`.")
     return "\n\n".join(blocks) or "No results yet."
 
 
-def _evidence(method: registry.Method, record: dict[str, Any]) -> dict[str, Any]:
+def _evidence(name: str, record: dict[str, Any]) -> dict[str, Any]:
     evidence = record["evidence"]
     return {
-        "method": f"`{method.name}`",
+        "check": f"`{name}`",
         "claim checked": evidence["claim"],
         "paper": evidence["paper"],
         "here": f"{evidence['metric']}, {evidence['setting']}",

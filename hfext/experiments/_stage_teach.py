@@ -67,7 +67,10 @@ def teach(state: "State") -> None:
     loss = [row["loss"] for row in log]
     perturbed = [row["sam/loss_perturbed"] for row in log]
     steps = list(range(1, len(log) + 1))
-    series = {"loss": (steps, loss, None), f"loss within a radius of {c.teach_rho}": (steps, perturbed, None)}
+    series = {
+        "loss": (steps, loss, None),
+        f"loss at the perturbed weights, rho={c.teach_rho}": (steps, perturbed, None),
+    }
     lines(state.out / "teach.png", series, "update", "loss of a batch", "learning the facts with BiSAM", logy=True)
     state.artifacts += ["teach.png", save_adapter(state, model, tokenizer, before, after)]
     state.model, state.tokenizer, state.facts = model, tokenizer, facts

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .. import registry
 from ..optim.bisam import bisam_rows
 from ..optim.sam import sam_direction
+from ..recipe import write_json
 from ._digits import Digits, accuracy, corrupt, load_digits, make_mlp, top_eigenvalue
 from ._digits_rivals import MIXINS, PLAIN, SURROGATES, Observer, make_trainer, parse_entry
 from ._plots import lines
@@ -211,7 +212,16 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             for name, t in seconds.items()
         ]
     evidence = _evidence(config, by_entry, flipped, seconds)
-    return {"evidence": evidence, "tables": tables, "artifacts": ["accuracy.png"], "runs": runs, "flips": flipped}
+    curves = {entry: [r["accuracy"] for r in rows] for entry, rows in by_entry.items()}
+    write_json(out / "accuracy.json", {"of": "each entry, seed and epoch", "accuracy": curves})
+    last = [{k: _short(v) for k, v in r.items() if k != "accuracy"} for r in runs]
+    flipped = [{k: _short(v) for k, v in r.items()} for r in flipped]
+    artifacts = ["accuracy.png", "accuracy.json"]
+    return {"evidence": evidence, "tables": tables, "artifacts": artifacts, "runs": last, "flips": flipped}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _curve(rows):

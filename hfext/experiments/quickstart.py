@@ -120,7 +120,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     with threads(config.threads):
         for name in config.stages:
             STAGES[name](state)
-    return {"tables": state.tables, "artifacts": state.artifacts}
+        used = torch.get_num_threads()
+    return {"tables": state.tables, "artifacts": state.artifacts, "threads": used}
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_stages_run_in_the_order_asked(tmp_path, monkeypatch):
     for name in STAGES:
         monkeypatch.setitem(STAGES, name, lambda state, name=name: seen.append((name, state.config)))
     config = Config(stages=["noise", "teach"], threads=1)
-    assert quickstart.run(config, tmp_path) == {"tables": {}, "artifacts": []}
+    assert quickstart.run(config, tmp_path) == {"tables": {}, "artifacts": [], "threads": 1}
     assert seen == [("noise", config), ("teach", config)]
 
 

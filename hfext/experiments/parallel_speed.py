@@ -29,9 +29,9 @@ class Config:
         bar: Speed-up that counts as reproduced.
     """
 
-    rounds: int = 3
+    rounds: int = 2
     steps: int = 13
-    rows: int = 16
+    rows: int = 32
     hidden: int = 256
     layers: int = 4
     vocab: int = 512

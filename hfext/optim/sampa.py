@@ -170,10 +170,12 @@ class SAMPa(AscentOptimizer):
 
     def settle(self, params: list[Tensor], g_x: list[Tensor] | None, g_n: list[Tensor], passes) -> None:
         """Leave the mixed gradient for the step and keep what the next update needs. Without g_x: g_n alone."""
-        lam = self.config.lam if g_x is not None else 1.0
-        for i, p in enumerate(params):
-            p.grad = g_n[i].clone() if lam == 1 else g_x[i] * (1 - lam) + g_n[i] * lam
-        found = {id(p): g / passes.grad_scale for p, g in zip(params, g_n, strict=True)}
+        lam, scale = self.config.lam, passes.grad_scale
+        # What the step gets is clipped in place, so it never shares memory with what is kept.
+        mixed = [g.clone() for g in g_n] if g_x is None else torch._foreach_lerp(g_x, g_n, lam)
+        for p, g in zip(params, mixed, strict=True):
+            p.grad = g
+        found = {id(p): g if scale == 1 else g / scale for p, g in zip(params, g_n, strict=True)}
         # Start again rather than carry a broken gradient into the next update.
         finite = math.isfinite(float(total_norm(g_n)))
         self._stale = [found.get(id(p)) for p in self.parameters()] if finite else None

@@ -117,7 +117,8 @@ def model_card(artifact: str | Path) -> "ModelCard":
             evidence={m.name: (recipe.read_result(m.name) or {}).get("evidence") for m in methods},
             families=list(dict.fromkeys(m.family for m in methods)),
             config=yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True) if record["config"] else "",
-            needs_import=any(m.family not in TRAINING_ONLY for m in methods),
+            needs_import=any(m.family not in TRAINING_ONLY or m.after_load for m in methods),
+            after_load=list(dict.fromkeys(m.after_load for m in methods if m.after_load)),
             load=load,
             record=record,
         )

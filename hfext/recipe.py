@@ -1,7 +1,7 @@
 """Recipes: a flat YAML file names an experiment and the fields that differ from the experiment's defaults.
 
-`recipes/optim/sam.yaml` holds `experiment: digits_noise` and, for example, `epochs: 30`. The experiment is the module
-`hfext.experiments.digits_noise`: a dataclass `Config` and a function `run(config, out) -> dict`. A key that is no
+`recipes/optim/sam-mlp-digits.yaml` holds `experiment: noisy_digits` and, for example, `epochs: 30`. The experiment is
+the module `hfext.experiments.noisy_digits`: a dataclass `Config` and a function `run(config, out) -> dict`. A key that is no
 field is refused with the nearest name, values are checked against the field's type, and overrides win over the file.
 
 `execute` saves `config.yaml`, the resolved config, which is itself a recipe, and `result.json`, what `run` returned
@@ -48,7 +48,7 @@ def recipes_dir() -> Path:
 
 
 def find(path_or_name: str | Path) -> Path:
-    """A file as given, or one of the shipped recipes as `optim/sam`, `optim/sam.yaml` or `recipes/optim/sam.yaml`."""
+    """A file as given, or one of the shipped recipes as `optim/x`, `optim/x.yaml` or `recipes/optim/x.yaml`."""
     given = Path(path_or_name)
     inside = given.relative_to("recipes") if given.parts[:1] == ("recipes",) else given
     for candidate in (given, recipes_dir() / inside, recipes_dir() / f"{inside}.yaml"):

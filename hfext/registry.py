@@ -62,6 +62,7 @@ class Method:
         headline: The number that the paper reports.
         recipe: The recipe that `hfext verify` runs, relative to `recipes/`.
         config: The dataclass whose fields `hfext show` lists, or `None`.
+        after_load: The line a user must run on a model trained so after `from_pretrained`, if there is one.
         opt_out: Conformance behaviours that do not apply, each with its reason.
         notes: Anything else a user must know.
     """
@@ -82,6 +83,7 @@ class Method:
     headline: Result | None = None
     recipe: str | None = None
     config: type | None = None
+    after_load: str = ""
     opt_out: tuple[tuple[str, str], ...] = ()
     notes: str = ""
 

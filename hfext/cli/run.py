@@ -15,7 +15,9 @@ OutputDir = Annotated[
 
 def run(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe such as optim/sam.")],
+    path: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe such as optim/sam-mlp-digits.")
+    ],
     output_dir: OutputDir = None,
 ) -> None:
     """Run a recipe. Any field of its config is a flag: --field value."""

@@ -15,7 +15,9 @@ def verify(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="A name from `hfext list`.")],
     output_dir: OutputDir = None,
-    save: Annotated[bool, typer.Option(help="In a checkout, write recipes/results/NAME.json.")] = True,
+    save: Annotated[
+        bool, typer.Option(help="In a checkout and without other options, write recipes/results/NAME.json.")
+    ] = True,
 ) -> None:
     """Run the reproduction of a method's claim; exit status 1 when it does not reproduce."""
     method = find(name)
@@ -31,7 +33,9 @@ def verify(
     typer.echo("")
     for label, text in _lines(method, evidence, record):
         typer.echo(f"{label + ':':<12}{text}")
-    if save:
+    if save and context.args:
+        typer.echo("not saved:  the committed result is that of the recipe as it stands")
+    elif save:
         save_result(name, record)
     raise typer.Exit(0 if evidence["reproduced"] else 1)
 

@@ -319,11 +319,13 @@ def _evidence(config: Config, by_entry, flipped: list[dict], seconds: dict[str, 
         what = f"CPU time of an epoch over the base's, width {config.turn_hidden}; claimed: at most {config.max_time}"
         base = np.ones_like(ours)
         note = f"The ratio is the median of {config.turns} turns. " + note[0].upper() + note[1:]
+    paper = ""
+    if headline is not None:
+        against = f" against {headline.baseline}" if headline.baseline else ""
+        paper = f"{headline.metric}: {headline.value}{against} ({headline.setting})"
     return {
         "claim": record.claim,
-        "paper": f"{headline.metric}: {headline.value} against {headline.baseline} ({headline.setting})"
-        if headline
-        else "",
+        "paper": paper,
         "metric": what,
         "setting": _setting(config),
         "method": config.method,

@@ -16,6 +16,8 @@ ALIASES = {"adamw": "adamw_torch", "adam": "adamw_torch", "adamw_fused": "adamw_
 
 def split(text: str | None) -> dict[str, str]:
     """`a=1,b=2` to a dict of strings. Every key once, every entry `key=value`."""
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"optim_args is a {type(text).__name__} but must be a string such as 'rho=0.05,base=adamw'.")
     options: dict[str, str] = {}
     for entry in (text or "").split(","):
         if not entry.strip():

@@ -275,6 +275,7 @@ METHOD = Method(
         setting="GPT-3 6.7B with hyperparameters from a 40M model, better than the published 6.7B",
         value="7",
     ),
+    after_load="hfext.optim.mup.apply(model, rescale=False)",
     recipe="optim/mup-llama-coordinates.yaml",
     notes="The abc view is from Feature Learning in Infinite-Width Neural Networks, arXiv 2011.14522. Code that uses "
     "`lm_head.weight` without calling `lm_head`, such as fused cross-entropy kernels, misses the multiplier.",

@@ -129,5 +129,6 @@ METHOD = Method(
         value="transfers",
         baseline="muP with global perturbation: rho does not transfer",
     ),
+    after_load="hfext.optim.mup.apply(model, rescale=False)",
     recipe="optim/mup_sam-perturbation-scaling.yaml",
 )

@@ -1,8 +1,8 @@
 """Recipes: a flat YAML file names an experiment and the fields that differ from the experiment's defaults.
 
 `recipes/optim/sam-mlp-digits.yaml` holds `experiment: noisy_digits` and, for example, `epochs: 30`. The experiment is
-the module `hfext.experiments.noisy_digits`: a dataclass `Config` and a function `run(config, out) -> dict`. A key that is no
-field is refused with the nearest name, values are checked against the field's type, and overrides win over the file.
+the module `hfext.experiments.noisy_digits`: a dataclass `Config` and a function `run(config, out) -> dict`. A key that
+is no field is refused with the nearest name, values are checked against the field's type, and overrides win.
 
 `execute` saves `config.yaml`, the resolved config, which is itself a recipe, and `result.json`, what `run` returned
 with the versions, the machine and the time. Files appear whole or not at all.

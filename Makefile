@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .PHONY: demo test test-all lint docs clean
 
 demo: $(VENV)/.demo
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/hfext run recipes/quickstart.yaml --output_dir out/quickstart
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/hfext run recipes/quickstart.yaml --output_dir out/quickstart
 
 test: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

@@ -240,6 +240,7 @@ class SAFMixin(TrajectoryMixin):
 
     def save_more(self, folder: str) -> None:
         if self.history is not None:
+            # Nobody writes into the shared file while it is read: a row without its stamp would be resumed as it is.
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.history.save(Path(folder) / FILE)

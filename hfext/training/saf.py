@@ -244,6 +244,7 @@ class SAFMixin(TrajectoryMixin):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.history.save(Path(folder) / FILE)
+            self.accelerator.wait_for_everyone()
         super().save_more(folder)
 
     def load_more(self, folder: str) -> None:

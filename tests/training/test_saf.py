@@ -418,9 +418,17 @@ TWO_PROCESSES = """
 import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
+import time
 from test_saf import *
-from hfext.training import MESAConfig, MESATrainer
+from hfext.training import MESAConfig, MESATrainer, saf
 
+def slowly(tensors, *args, save=saf.save_file, **kwargs):
+    "The other process must not write into the file that is being saved."
+    logits = tensors["logits"].clone()
+    time.sleep(0.3)
+    save({{"logits": logits, "written": tensors["written"].clone()}}, *args, **kwargs)
+
+saf.save_file = slowly
 for name, cls, option in (
     ("saf", SAFTrainer, dict(saf=EARLY)),
     ("mesa", MESATrainer, dict(mesa=MESAConfig(start=0, decay=0.7))),

@@ -260,7 +260,6 @@ CHECKS: list[tuple[str, str, Callable[[], None]]] = [
         _has(torch, "_foreach_norm", "_foreach_add_", "_foreach_copy_", "_foreach_sub"),
     ),
 ]
-VERSIONS = {"transformers": transformers.__version__, "torch": torch.__version__}
 
 
 # ---- checkpoints and data -------------------------------------------------------------------------------------------

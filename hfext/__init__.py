@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from . import optim, training
+from . import decoding, metrics, optim, training
 
-__all__ = ["optim", "training"]
+__all__ = ["decoding", "metrics", "optim", "training"]

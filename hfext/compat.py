@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import transformers.trainer_pt_utils
 import transformers.trainer_utils
 import transformers.training_args
-from transformers import Trainer, TrainingArguments, trainer_optimizer
+from transformers import GenerationConfig, GenerationMixin, Trainer, TrainingArguments, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 CHECKED_TRANSFORMERS = "5.17 to 5.23"
@@ -188,6 +189,51 @@ def read_training_args(path: Any) -> dict[str, Any]:
     return {field.name: getattr(args, field.name, None) for field in dataclasses.fields(args) if field.init}
 
 
+# ---- generate -------------------------------------------------------------------------------------------------------
+
+
+def let_callables_refuse() -> None:
+    """Ask a `custom_generate` callable before `generate` prepares anything.
+
+    `generate` keeps `streamer`, `assistant_model` and `tokenizer` from a callable and puts the prompt into the
+    streamer, whose reader then waits for ever. A callable with an attribute `hfext_before_generate` is called there
+    with `streamer`, `assistant_model` and the other arguments, and may raise. Nobody else notices.
+    """
+
+    def wrapper(original):
+        signature = inspect.signature(original)
+
+        def extract(self, *args, **kwargs):
+            given = signature.bind(self, *args, **kwargs).arguments
+            callable_ = given.get("custom_generate")
+            while isinstance(callable_, functools.partial):
+                callable_ = callable_.func
+            ask = getattr(callable_, "hfext_before_generate", None)
+            if ask is not None:
+                ask(given.get("streamer"), given.get("assistant_model"), **given.get("kwargs", {}))
+            return original(self, *args, **kwargs)
+
+        return extract
+
+    patch_method(GenerationMixin, "_extract_generation_mode_kwargs", wrapper)
+
+
+def on_logits_processors(wrapper: Callable[[Callable], Callable]) -> None:
+    """Replace the method by which `generate` builds its list of processors by `wrapper(method)`, once."""
+    patch_method(GenerationMixin, "_get_logits_processor", wrapper)
+
+
+def given_processors(args: tuple, kwargs: dict[str, Any]) -> list:
+    """The user's processors among the arguments of that method, which come behind the generation config."""
+    names = list(inspect.signature(GenerationMixin._get_logits_processor).parameters)[2:]
+    return list({**dict(zip(names, args, strict=False)), **kwargs}.get("logits_processor") or [])
+
+
+def keep_unknown_fields(config: GenerationConfig) -> None:
+    """A generation config made from a model's config is marked so, and drops unknown fields when it is loaded."""
+    config._from_model_config = None
+
+
 # ---- torch ----------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +298,16 @@ CHECKS: list[tuple[str, str, Callable[[], None]]] = [
         "TrainingArguments hooks",
         f"transformers {CHECKED_TRANSFORMERS}",
         _has(TrainingArguments, "__post_init__", "set_optimizer"),
+    ),
+    (
+        "callables of generate",
+        f"transformers {CHECKED_TRANSFORMERS}",
+        _has(GenerationMixin, "_extract_generation_mode_kwargs"),
+    ),
+    (
+        "processors of generate",
+        f"transformers {CHECKED_TRANSFORMERS}",
+        _has(GenerationMixin, "_get_logits_processor"),
     ),
     ("optimizer hook tables", f"torch {CHECKED_TORCH}", _has(torch.optim.Optimizer, "register_step_pre_hook")),
     (

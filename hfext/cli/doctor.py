@@ -1,7 +1,10 @@
 """`hfext doctor`: what is installed, and which parts of hfext work with it."""
 
 import importlib.metadata
+import json
 import platform
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -17,8 +20,14 @@ OPTIONAL = {
 }
 
 
-def doctor() -> None:
+def doctor(
+    path: Annotated[
+        Path | None, typer.Argument(help="Folder of a saved model: look only at what of it needs hfext.")
+    ] = None,
+) -> None:
     """Print versions, the GPU, optional packages, and check every private hook; exit status 1 when one is broken."""
+    if path is not None:
+        raise typer.Exit(_saved_fields(path))
     import torch
 
     from .. import compat, recipe
@@ -34,6 +43,28 @@ def doctor() -> None:
     if results:
         typer.echo(table(results))
     raise typer.Exit(0 if all(row["works"] for row in results) else 1)
+
+
+def _saved_fields(folder: Path) -> int:
+    """Print the generation fields of a saved model that only hfext reads; 0 when they are in order or absent."""
+    from .. import decoding
+
+    file = folder / "generation_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        fields = {} if config is None else decoding.active_fields(config)
+        decoding.make_samplers(fields)
+    except (OSError, ValueError, TypeError) as error:
+        typer.echo(f"hfext: {file}: {error}", err=True)
+        return 1
+    if config is None:
+        typer.echo(f"hfext: {folder} has no generation_config.json.", err=True)
+        return 2
+    for name, value in fields.items():
+        typer.echo(f"{name} = {value}")
+    needs = "`import hfext` before generate: transformers alone ignores these fields without a word."
+    typer.echo(needs if fields else f"{file} has no field of hfext.")
+    return 0
 
 
 def _version(package: str) -> str | None:

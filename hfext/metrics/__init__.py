@@ -1,0 +1,5 @@
+"""Metrics."""
+
+from ..registry import collect
+
+METHODS = collect(__name__)

@@ -3,5 +3,24 @@
 __version__ = "0.1.0"
 
 from . import decoding, metrics, optim, training
+from .decoding import (
+    ContextAwareLogitsProcessor,
+    MirostatLogitsProcessor,
+    SuperposedGenerationMixin,
+    TopHLogitsProcessor,
+    TopNSigmaLogitsProcessor,
+    superposed_generate,
+)
 
-__all__ = ["decoding", "metrics", "optim", "training"]
+__all__ = [
+    "ContextAwareLogitsProcessor",
+    "MirostatLogitsProcessor",
+    "SuperposedGenerationMixin",
+    "TopHLogitsProcessor",
+    "TopNSigmaLogitsProcessor",
+    "decoding",
+    "metrics",
+    "optim",
+    "superposed_generate",
+    "training",
+]

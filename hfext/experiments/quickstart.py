@@ -6,6 +6,7 @@ artifacts to the state and may leave a model for the stages after it:
 - `teach`: LoRA with `optim="bisam"` teaches SmolLM2-135M facts about authors who do not exist. It is asked before and
   after, in the wording that was taught and in another one. The adapter is saved with its model card.
 - `noise`: a small ViT learns digits of which 40 % have a wrong label, with adamw, sam and bisam.
+- `decode`: SmolLM2-135M answers at T = 1.5 with and without top-H, and writes three superposed drafts.
 """
 
 import os
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
 from ._facts import Fact, make_facts
+from ._stage_decode import decode
 from ._stage_noise import noise
 from ._stage_teach import teach
 
@@ -43,9 +45,11 @@ class Config:
         noise_methods: `adamw`, or names of two-pass optimizers of the library.
         noise_hidden, noise_layers: Of the ViT.
         noise_epochs, noise_batch_size, noise_learning_rate: Of its training.
+        decode_prompt, decode_temperature, decode_tokens: The question that all samplers answer, and the length.
+        decode_prefix, decode_draft_tokens: What the superposed drafts continue, and by how much.
     """
 
-    stages: list[str] = field(default_factory=lambda: ["teach", "noise"])
+    stages: list[str] = field(default_factory=lambda: ["teach", "noise", "decode"])
     model: str = "smollm2"
     seed: int = 0
     threads: int | None = None
@@ -69,6 +73,12 @@ class Config:
     noise_batch_size: int = 64
     noise_learning_rate: float = 2e-3
 
+    decode_prompt: str = "Write a short story about a lighthouse keeper who finds a letter from the sea."
+    decode_temperature: float = 1.5
+    decode_tokens: int = 40
+    decode_prefix: str = "The best way to learn a new language is to"
+    decode_draft_tokens: int = 10
+
     def __post_init__(self):
         for name, values, known in (
             ("stages", self.stages, list(STAGES)),
@@ -83,6 +93,7 @@ class Config:
             raise ValueError(f"model is {self.model!r} but must be 'smollm2' or the folder of a saved model.")
         positive = ["shown", "lora_rank", "teach_epochs", "teach_batch_size", "teach_learning_rate", "noise_layers"]
         positive += ["noise_epochs", "noise_batch_size", "noise_learning_rate"]
+        positive += ["decode_temperature", "decode_tokens", "decode_draft_tokens"]
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be above 0.")
@@ -112,7 +123,7 @@ class State:
     facts: list[Fact] = field(default_factory=list)
 
 
-STAGES: dict[str, Callable[[State], None]] = {"teach": teach, "noise": noise}
+STAGES: dict[str, Callable[[State], None]] = {"teach": teach, "noise": noise, "decode": decode}
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

@@ -229,6 +229,11 @@ def given_processors(args: tuple, kwargs: dict[str, Any]) -> list:
     return list({**dict(zip(names, args, strict=False)), **kwargs}.get("logits_processor") or [])
 
 
+def attention_implementation(model: torch.nn.Module) -> str:
+    """Name of the attention that a model runs with."""
+    return model.config.get_text_config()._attn_implementation or "eager"
+
+
 def keep_unknown_fields(config: GenerationConfig) -> None:
     """A generation config made from a model's config is marked so, and drops unknown fields when it is loaded."""
     config._from_model_config = None

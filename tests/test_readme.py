@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
 
-def _python(path):
-    """The first Python example of a Markdown file."""
-    return re.search(r"```python\n(.*?)```", path.read_text(), re.S).group(1)
+def _python(path, number=0):
+    """A Python example of a Markdown file, the first by default."""
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)[number]
 
 
 def test_generated_parts_are_up_to_date():
@@ -61,6 +61,19 @@ def test_the_example_trains(tmp_path, monkeypatch):
         guesses = names["model"].eval()(inputs).logits.argmax(-1)
     # Chance is 0.1; five epochs were seen to reach 0.7.
     assert (guesses == torch.tensor(names["labels"])).float().mean() > 0.4
+
+
+@pytest.mark.real_model
+def test_the_example_decodes():
+    pytest.importorskip("gguf")
+    names = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(_python(README, 1), "README.md", "exec"), names)
+    prompt = names["inputs"]["input_ids"].shape[1]
+    assert names["hot"].shape == (1, prompt + 40) and names["drafts"].shape == (3, prompt + 10)
+    assert len({tuple(draft.tolist()) for draft in names["drafts"]}) == 3
+    assert "Rome" in names["tokenizer"].decode(names["answer"][0]).rpartition("France is")[2]
 
 
 def test_the_example_of_contributing_is_a_working_method(monkeypatch):

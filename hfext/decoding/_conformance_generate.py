@@ -12,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    T5Config,
+    T5ForConditionalGeneration,
     TemperatureLogitsWarper,
 )
 from transformers.utils import logging
@@ -160,6 +162,50 @@ def generate_pads_as_if_alone(s: Subject) -> None:
         require(
             torch.equal(out[row, width : width + len(single)], single), f"prompt {row}: other tokens than when alone"
         )
+
+
+@functools.lru_cache(maxsize=2)
+def tiny_encoder_decoder(vocab_size: int) -> T5ForConditionalGeneration:
+    """A random T5 in float64 whose rows all begin with the same decoder token."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = T5Config(
+            vocab_size=vocab_size,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            initializer_factor=4.0,
+            pad_token_id=PAD,
+            eos_token_id=min(EOS, vocab_size - 1),
+            decoder_start_token_id=PAD,
+        )
+        return T5ForConditionalGeneration(config).eval().double()
+
+
+@check
+def generate_from_encoder_inputs_as_if_alone(s: Subject) -> None:
+    """Rows of an encoder-decoder model share their first ids, not their scores: each runs as its input alone."""
+    s.needs(not s.facts.needs_prompt_ids, "which prompts it needs depends on the encoder")
+    model, inputs = tiny_encoder_decoder(s.vocab), torch.tensor(texts_of(s, 3, 5, seed=6))
+
+    def run(ids: Tensor) -> tuple[Tensor, Recorder]:
+        recorder = Recorder(s.make(ids[:, :1]))
+        config = GenerationConfig(
+            max_new_tokens=6, pad_token_id=PAD, eos_token_id=min(EOS, s.vocab - 1), decoder_start_token_id=PAD
+        )
+        with _quiet():
+            out = model.generate(ids, generation_config=config, logits_processor=LogitsProcessorList([recorder]))
+        return out, recorder
+
+    together, batch = run(inputs)
+    for row in range(len(inputs)):
+        single, alone = run(inputs[[row]])
+        for step, ((_, _, found), (_, _, expected)) in enumerate(zip(batch.calls, alone.calls, strict=False)):
+            same(found[[row]], expected, f"step {step} of encoder input {row}")
+        require(torch.equal(together[row, : single.shape[1]], single[0]), f"encoder input {row}: other tokens")
 
 
 @check

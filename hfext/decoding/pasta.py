@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .. import compat
 from ..registry import Method, Result
 
 logger = logging.get_logger(__name__)
@@ -199,7 +200,7 @@ def steer_attention(
         raise ValueError(f"mode is {mode!r} but must be one of exclude, include.")
     if model.config.is_encoder_decoder:
         raise NotImplementedError("Encoder-decoder models are not steered: use a decoder-only model.")
-    name = model.config.get_text_config()._attn_implementation or "eager"
+    name = compat.attention_implementation(model)
     if name not in ("eager", "sdpa") and not name.startswith("hfext_"):
         raise NotImplementedError(
             f"The attention {name!r} takes no additive mask: load the model with attn_implementation "

@@ -19,6 +19,9 @@ from transformers.utils.logging import tqdm
 from ..metrics.efficient_eigenscore import METHOD, efficient_eigenscore
 from ..metrics.eigenscore import eigenscore
 
+# Of the authors' ablation, training and comparison scripts.
+_REFERENCE_MOMENTS = (10, 20, 100)
+
 
 @dataclass(kw_only=True)
 class Config:
@@ -30,7 +33,7 @@ class Config:
         sets: Sets of answers of the rank correlation.
         sizes: K x d of the times, as `[[K, d], ...]`.
         repeats: Turns of each program of the times.
-        bar: Speed-up over slogdet at the last size that counts as reproduced.
+        bar: Speed-up over the best exact score at the last size that counts as reproduced.
         tolerance: Error of the score, relative, up to which that counts.
         seed: Of everything.
     """
@@ -40,7 +43,7 @@ class Config:
     conditions: list[float]
     sizes: list[list[int]]
     sets: int = 60
-    repeats: int = 5
+    repeats: int = 3
     bar: float = 2.0
     tolerance: float = 0.01
     seed: int = 0
@@ -75,11 +78,18 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
 
 
-def slogdet(z: Tensor) -> Tensor:
-    """EigenScore with the K x K matrix written out: what the estimate is measured against."""
+def covariance(z: Tensor) -> Tensor:
     centred = z - z.mean(-1, keepdim=True)
-    sigma = centred @ centred.T / (z.shape[1] - 1) + 1e-3 * torch.eye(len(z), dtype=z.dtype)
-    return torch.linalg.slogdet(sigma).logabsdet / len(z) / math.log(10)
+    return centred @ centred.T / (z.shape[1] - 1) + 1e-3 * torch.eye(len(z), dtype=z.dtype)
+
+
+def by_svd(z: Tensor) -> Tensor:
+    """EigenScore as it was published: all singular vectors of the K x K covariance."""
+    return torch.linalg.svd(covariance(z)).S.log10().mean()
+
+
+def slogdet(z: Tensor) -> Tensor:
+    return torch.linalg.slogdet(covariance(z)).logabsdet / len(z) / math.log(10)
 
 
 def errors(config: Config) -> list[dict[str, Any]]:
@@ -90,13 +100,16 @@ def errors(config: Config) -> list[dict[str, Any]]:
             exact = float(eigenscore(z))
             row: dict[str, Any] = {"condition": f"{condition:g}", "K": k, "EigenScore": round(exact, 4)}
             for m in config.moments:
-                truncated = float(efficient_eigenscore(z, moments=m, exact_trace=True))
-                drawn = [
-                    float(efficient_eigenscore(z, moments=m, generator=torch.Generator().manual_seed(s)))
-                    for s in range(10)
-                ]
+                truncated = float(efficient_eigenscore(z, moments=m, deflate=0, exact_trace=True))
                 row[f"M={m}, exact trace"] = f"{abs(truncated - exact):.1e}"
-                row[f"M={m}, 20 probes"] = f"{math.sqrt(statistics.fmean((x - exact) ** 2 for x in drawn)):.1e}"
+            row["default, exact trace"] = f"{abs(float(efficient_eigenscore(z, exact_trace=True)) - exact):.1e}"
+            for probes in (4, 20):
+                drawn = [
+                    float(efficient_eigenscore(z, num_probes=probes, generator=torch.Generator().manual_seed(seed)))
+                    for seed in range(10)
+                ]
+                error = math.sqrt(statistics.fmean((x - exact) ** 2 for x in drawn))
+                row[f"default, {probes} probes"] = f"{error:.1e}"
             rows.append(row)
     return rows
 
@@ -105,7 +118,7 @@ def correlations(config: Config) -> list[dict[str, Any]]:
     """What varies among the sets: how different their answers are, or the size of the hidden states, or both."""
     draw, rows = torch.Generator().manual_seed(config.seed), []
     for what in ("spread of the answers", "size of the states", "both"):
-        scores: dict[str, list[float]] = {"exact": [], "kpm": [], "reference": []}
+        scores: dict[str, list[float]] = {name: [] for name in ("exact", "kpm", *map(str, _REFERENCE_MOMENTS))}
         for _ in range(config.sets):
             u, v = torch.rand(2, generator=draw).tolist()
             own = 0.05 + 0.9 * u if what != "size of the states" else 0.5
@@ -113,14 +126,18 @@ def correlations(config: Config) -> list[dict[str, Any]]:
             z = hidden_states(10, 576, own, size, draw)
             scores["exact"].append(float(eigenscore(z)))
             scores["kpm"].append(float(efficient_eigenscore(z)))
-            scores["reference"].append(float(efficient_eigenscore(z, method="reference", moments=20)))
+            for m in _REFERENCE_MOMENTS:
+                scores[str(m)].append(float(efficient_eigenscore(z, method="reference", moments=m)))
         rows.append(
             {
                 "sets differ in": what,
-                "Chebyshev, M=40, 20 probes": round(rank_correlation(scores["kpm"], scores["exact"]), 3),
-                "authors' number, M=20": round(rank_correlation(scores["reference"], scores["exact"]), 3),
-                "its range": f"{min(scores['reference']):.2f} ... {max(scores['reference']):.2f}",
+                "Chebyshev": round(rank_correlation(scores["kpm"], scores["exact"]), 3),
             }
+            | {
+                f"authors' number, M={m}": round(rank_correlation(scores[str(m)], scores["exact"]), 3)
+                for m in _REFERENCE_MOMENTS
+            }
+            | {"its range, M=20": f"{min(scores['20']):.2f} ... {max(scores['20']):.2f}"}
         )
     return rows
 
@@ -130,9 +147,11 @@ def times(config: Config) -> list[dict[str, Any]]:
     for k, d in config.sizes:
         z = hidden_states(k, d, 0.5, 1.0, torch.Generator().manual_seed(config.seed))
         programs: dict[str, Callable[[], Tensor]] = {
+            "SVD of the covariance": lambda z=z: by_svd(z),
             "slogdet": lambda z=z: slogdet(z),
-            "singular values": lambda z=z: eigenscore(z),
+            "eigenscore": lambda z=z: eigenscore(z),
             "Chebyshev": lambda z=z: efficient_eigenscore(z),
+            "Chebyshev, 4 probes": lambda z=z: efficient_eigenscore(z, num_probes=4),
             "authors' number": lambda z=z: efficient_eigenscore(z, method="reference", moments=20),
         }
         values = {name: float(program()) for name, program in programs.items()}
@@ -147,8 +166,10 @@ def times(config: Config) -> list[dict[str, Any]]:
             {"K": k, "d": d}
             | {f"{name}, ms": round(1e3 * s, 2) for name, s in median.items()}
             | {
-                "slogdet / Chebyshev": round(median["slogdet"] / median["Chebyshev"], 2),
+                "SVD / Chebyshev": round(median["SVD of the covariance"] / median["Chebyshev"], 2),
+                "best exact / Chebyshev": round(min(median["slogdet"], median["eigenscore"]) / median["Chebyshev"], 2),
                 "relative error": round(abs(values["Chebyshev"] / values["slogdet"] - 1), 5),
+                "with 4 probes": round(abs(values["Chebyshev, 4 probes"] / values["slogdet"] - 1), 5),
             }
         )
     return rows
@@ -175,19 +196,21 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         "evidence": {
             "claim": METHOD.claim,
             "paper": "about 2x: 4 s against 7 s on a matrix of 10^8 entries",
-            "metric": "CPU time of slogdet over that of the Chebyshev estimate",
-            "setting": f"{last['K']} answers of {last['d']} features, M=40, 20 probes, float64, one thread",
+            "metric": "CPU time of the best exact EigenScore over that of the Chebyshev estimate",
+            "setting": f"{last['K']} answers of {last['d']} features, defaults, float64, one thread",
             "method": "efficient_eigenscore",
-            "ours": last["slogdet / Chebyshev"],
+            "ours": last["best exact / Chebyshev"],
             "ours_sd": None,
             "n": config.repeats,
-            "baseline_name": "slogdet",
+            "baseline_name": "eigenscore",
             "baseline": 1.0,
             "baseline_sd": None,
-            "reproduced": last["slogdet / Chebyshev"] >= config.bar and last["relative error"] <= config.tolerance,
+            "reproduced": last["best exact / Chebyshev"] >= config.bar and last["relative error"] <= config.tolerance,
             "note": (
                 f"Reproduced means at least {config.bar:g}x with a relative error of at most {config.tolerance:g}; it "
-                f"is {last['relative error']}. For the ten answers of the papers the exact score is the faster one."
+                f"is {last['relative error']}. Against the published EigenScore, an SVD of the covariance, it is "
+                f"{last['SVD / Chebyshev']}: the gain is real there, and gone once the exact score leaves out "
+                "the singular vectors. The authors' own number is another quantity and ranks otherwise."
             ),
         },
     }

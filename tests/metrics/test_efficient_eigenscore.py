@@ -48,10 +48,10 @@ def test_moments_are_traces_of_chebyshev_polynomials():
     q = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64)).Q
     x = q @ torch.diag(values) @ q.T
     for moments in (1, 2, 7, 10):
-        found = chebyshev_moments(lambda v: x @ v, torch.eye(7, dtype=torch.float64), moments)
+        found = chebyshev_moments(lambda v: v @ x, torch.eye(7, dtype=torch.float64), moments)
         expected = [torch.cos(m * torch.arccos(values)).sum() for m in range(moments + 1)]
         torch.testing.assert_close(found, torch.stack(expected))
-    assert largest_eigenvalue(lambda v: x @ v + v, torch.randn(7, 2, dtype=torch.float64), 200).item() == (
+    assert largest_eigenvalue(lambda v: v @ x + v, torch.randn(2, 7, dtype=torch.float64), 200).item() == (
         pytest.approx(2, abs=1e-6)
     )
 

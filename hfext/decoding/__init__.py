@@ -25,8 +25,8 @@ from .cad import ContextAwareLogitsProcessor, generate_cad
 from .mirostat import MirostatLogitsProcessor
 from .ngram_store import NGramStore
 from .pasta import AttentionSteering, load_heads, profile_heads, save_heads, span_to_tokens, steer_attention
-from .resampling import ResampleUntilAccepted, optimal_num_samples, resampling_curve
-from .superposed import SuperposedGenerationMixin, SuperposedOutput, superposed_generate
+from .resampling import ResampleUntilAccepted, calibrate, optimal_num_samples, resampling_curve
+from .superposed import SuperposedConfig, SuperposedGenerationMixin, SuperposedOutput, superposed_generate
 from .top_h import TopHLogitsProcessor
 from .top_n_sigma import TopNSigmaLogitsProcessor
 

@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
-    T5Config,
-    T5ForConditionalGeneration,
+    PreTrainedModel,
     TemperatureLogitsWarper,
 )
 from transformers.utils import logging
@@ -22,8 +19,11 @@ from ._conformance_checks import EOS, PAD, Subject, Text, check, require, same, 
 
 
 @functools.lru_cache(maxsize=4)
-def tiny_language_model(vocab_size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+def tiny_language_model(vocab_size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A random Llama, peaked enough that filters have work to do. float64: padding then costs no rounding."""
+    # Not at the top: `import hfext` would load the model's module.
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LlamaConfig(
@@ -88,7 +88,7 @@ def generate(
 
 
 @functools.lru_cache(maxsize=2)
-def draft_model(vocab_size: int) -> LlamaForCausalLM:
+def draft_model(vocab_size: int) -> PreTrainedModel:
     """The tiny model with noise in its weights: some of its drafts are right."""
     model = copy.deepcopy(tiny_language_model(vocab_size))
     noise = torch.Generator().manual_seed(3)
@@ -165,8 +165,10 @@ def generate_pads_as_if_alone(s: Subject) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def tiny_encoder_decoder(vocab_size: int) -> T5ForConditionalGeneration:
+def tiny_encoder_decoder(vocab_size: int) -> PreTrainedModel:
     """A random T5 in float64 whose rows all begin with the same decoder token."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = T5Config(

@@ -199,3 +199,26 @@ def test_colder_answers_score_lower_from_generate_to_score(tiny_llama):
         )
         scores.append(eigenscore(answer_embeddings(model, out, 4)).item())
     assert scores[0] < scores[1]
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_a_model_that_knows_scores_lower_than_one_that_invents():
+    from hfext.experiments._smollm2 import load
+
+    try:
+        model, tokenizer = load()
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    scores = []
+    for question in ("What is the capital of France? One word only.", "Name a random street in an invented town."):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        torch.manual_seed(0)
+        options = {"do_sample": True, "temperature": 0.5, "top_p": 0.99, "top_k": 10, "max_new_tokens": 10}
+        out = model.generate(**inputs, **options, num_return_sequences=10)
+        embeddings = answer_embeddings(model, out, inputs["input_ids"].shape[1])
+        assert embeddings.shape == (10, model.config.hidden_size)
+        scores.append(compute(embeddings)["eigenscore"])
+    assert scores[0] < scores[1] - 0.5

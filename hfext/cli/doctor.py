@@ -45,26 +45,38 @@ def doctor(
     raise typer.Exit(0 if all(row["works"] for row in results) else 1)
 
 
-def _saved_fields(folder: Path) -> int:
+def _saved_fields(path: Path) -> int:
     """Print the generation fields of a saved model that only hfext reads; 0 when they are in order or absent."""
     from .. import decoding
 
-    file = folder / "generation_config.json"
+    file = path if path.is_file() else path / "generation_config.json"
+    if not file.is_file():
+        typer.echo(f"hfext: {path} has no generation_config.json.", err=True)
+        return 2
     try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        fields = {} if config is None else decoding.active_fields(config)
-        decoding.make_samplers(fields)
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__} and not the fields of a generation config.")
+        fields = decoding.active_fields(config)
+        samplers = decoding.make_samplers(config)
     except (OSError, ValueError, TypeError) as error:
         typer.echo(f"hfext: {file}: {error}", err=True)
         return 1
-    if config is None:
-        typer.echo(f"hfext: {folder} has no generation_config.json.", err=True)
-        return 2
     for name, value in fields.items():
         typer.echo(f"{name} = {value}")
-    needs = "`import hfext` before generate: transformers alone ignores these fields without a word."
-    typer.echo(needs if fields else f"{file} has no field of hfext.")
-    return 0
+    if not fields:
+        typer.echo(f"{file} has no field of hfext.")
+        return 0
+    unnamed = decoding.unnamed_samplers(fields.get("sampler_order"), samplers)
+    if unnamed:
+        typer.echo(f"hfext: sampler_order does not name {', '.join(unnamed)}: generate will refuse it.", err=True)
+    if config.get("_from_model_config"):
+        why = "from_pretrained will drop these fields: call hfext.decoding.enable(model) before saving."
+        typer.echo(f"hfext: {file}: {why}", err=True)
+    if not config.get("do_sample"):
+        typer.echo("They act with do_sample=True, which is not saved here: pass it to generate.")
+    typer.echo("`import hfext` before generate: transformers alone ignores these fields without a word.")
+    return 1 if unnamed or config.get("_from_model_config") else 0
 
 
 def _version(package: str) -> str | None:

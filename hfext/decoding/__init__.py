@@ -18,7 +18,7 @@ How to choose:
 
 from ..registry import collect
 from . import autopasta, cad, conformance, mirostat, pasta, resampling, superposed, top_h, top_n_sigma
-from ._generation_fields import active_fields, enable, install, make_samplers
+from ._generation_fields import active_fields, enable, install, make_samplers, unnamed_samplers
 from ._superposed_hub import export_superposed
 from .autopasta import AutoPastaOutput, autopasta_generate, mean_pooling_encoder
 from .cad import ContextAwareLogitsProcessor, generate_cad

@@ -11,6 +11,7 @@ They act with `do_sample=True`, after the temperature and before the stock trunc
 active field acts wherever hfext is imported; a process without hfext ignores it silently: `hfext doctor FOLDER` tells.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.generation.logits_process import (
     EtaLogitsWarper,
     LogitNormalization,
     MinPLogitsWarper,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopHLogitsWarper,
     TopKLogitsWarper,
@@ -54,7 +56,7 @@ SAMPLERS: dict[str, type[LogitsProcessor]] = {
     "eta_cutoff": EtaLogitsWarper,
 }
 NAMES = {kind: name for name, kind in SAMPLERS.items()}
-LAST = (WatermarkLogitsProcessor, LogitNormalization)
+LAST = (WatermarkLogitsProcessor, SynthIDTextWatermarkLogitsProcessor, LogitNormalization)
 
 
 def enable(model: torch.nn.Module) -> torch.nn.Module:
@@ -93,23 +95,20 @@ def active_fields(config: GenerationConfig | Mapping[str, Any]) -> dict[str, Any
 def make_samplers(
     config: GenerationConfig | Mapping[str, Any], rows_per_input: int = 1, fewest: int = 1
 ) -> list[LogitsProcessor]:
-    """The samplers that the active fields ask for; `ValueError` for values out of range."""
+    """The samplers that the active fields ask for; `ValueError` for values out of range, with the field's name."""
     fields = active_fields(config)
     if "mirostat_eta" in fields and "mirostat_tau" not in fields:
         raise ValueError(f"mirostat_eta is {fields['mirostat_eta']} but mirostat_tau is not set: give the target too.")
     check_order(fields.get("sampler_order"))
-    made: list[LogitsProcessor] = []
-    if "top_n_sigma" in fields:
-        made.append(TopNSigmaLogitsProcessor(fields["top_n_sigma"], min_tokens_to_keep=fewest))
-    if "top_h_alpha" in fields:
-        made.append(TopHLogitsProcessor(fields["top_h_alpha"], min_tokens_to_keep=fewest))
-    if "mirostat_tau" in fields:
-        eta = fields.get("mirostat_eta", 1.0)
-        made.append(
-            MirostatLogitsProcessor(
-                fields["mirostat_tau"], eta, rows_per_input=rows_per_input, min_tokens_to_keep=fewest
-            )
-        )
+    eta = fields.get("mirostat_eta", 1.0)
+    options = {"mirostat_tau": {"eta": eta, "rows_per_input": rows_per_input}}
+    made = []
+    for field in ("top_n_sigma", "top_h_alpha", "mirostat_tau"):
+        if field in fields:
+            try:
+                made.append(SAMPLERS[field](fields[field], min_tokens_to_keep=fewest, **options.get(field, {})))
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{field}={fields[field]!r} in the generation config: {error}") from error
     return made
 
 
@@ -125,22 +124,28 @@ def check_order(order: Any) -> None:
         raise ValueError(f"sampler_order is {list(order)} but must name each sampler once.")
 
 
+def unnamed_samplers(order: list[str] | None, samplers: list[LogitsProcessor]) -> list[str]:
+    """Names of the samplers that are active and not in the order, if there is one."""
+    return [] if order is None else [NAMES[type(p)] for p in samplers if NAMES[type(p)] not in order]
+
+
 def arrange(
     processors: LogitsProcessorList, given: list[LogitsProcessor], config: GenerationConfig
 ) -> LogitsProcessorList:
     """The list that `generate` has built, with our samplers in their places. `given` are the user's and stay put."""
-    check_temperature(given, config)
     order = getattr(config, "sampler_order", None)
     own = make_samplers(config, *_rows(config)) if active_fields(config) else []
     for twice in [p for p in own if any(type(p) is type(g) for g in given)]:
-        logger.warning_once(
-            f"{type(twice).__name__} was passed to generate; the field {NAMES[type(twice)]} is not used."
-        )
+        # A draft model is handed the list and the config of the model that it drafts for.
+        if not getattr(config, "is_assistant", False):
+            name = NAMES[type(twice)]
+            logger.warning_once(f"{type(twice).__name__} was passed to generate; the field {name} is not used.")
         own.remove(twice)
     mine = {id(p) for p in given}
     samplers = [p for p in processors if type(p) in NAMES and id(p) not in mine]
     warn_of_others([*given, *own, *samplers])
     if not own and order is None:
+        check_temperature(processors, given)
         return processors
     places = [i for i, p in enumerate(processors) if p in samplers]
     first = (
@@ -149,7 +154,7 @@ def arrange(
     rest = [p for p in processors if p not in samplers]
     samplers += own
     if order is not None:
-        missing = [NAMES[type(p)] for p in samplers if NAMES[type(p)] not in order]
+        missing = unnamed_samplers(order, samplers)
         if missing:
             raise ValueError(
                 f"sampler_order is {list(order)} but {', '.join(missing)} is active too: name it, or switch it off "
@@ -157,18 +162,22 @@ def arrange(
             )
     places_in = list(order or SAMPLERS)
     samplers.sort(key=lambda p: places_in.index(NAMES[type(p)]))
-    return LogitsProcessorList([*rest[:first], *samplers, *rest[first:]])
+    arranged = LogitsProcessorList([*rest[:first], *samplers, *rest[first:]])
+    check_temperature(arranged, given)
+    return arranged
 
 
-def check_temperature(given: list[LogitsProcessor], config: GenerationConfig) -> None:
+def check_temperature(processors: LogitsProcessorList, given: list[LogitsProcessor]) -> None:
     """A processor that decides by a temperature of its own must be told the one that follows."""
-    actual = config.temperature or 1.0
     for processor in given:
-        if isinstance(processor, TopHLogitsProcessor | MirostatLogitsProcessor):
-            if processor.temperature not in (None, actual):
+        own = getattr(processor, "temperature", None)
+        if isinstance(processor, TopHLogitsProcessor | MirostatLogitsProcessor) and own and processor in processors:
+            later = processors[processors.index(processor) + 1 :]
+            actual = math.prod(p.temperature for p in later if isinstance(p, TemperatureLogitsWarper))
+            if not math.isclose(own, actual):
                 raise ValueError(
-                    f"{type(processor).__name__}(temperature={processor.temperature}) decides for another temperature "
-                    f"than generate(temperature={actual}) applies: give both the same."
+                    f"{type(processor).__name__}(temperature={own}) decides for another temperature "
+                    f"than the {actual} that generate applies after it: give both the same."
                 )
 
 
@@ -201,7 +210,12 @@ def install() -> None:
         def _get_logits_processor(self, generation_config, *args, **kwargs):
             processors = original(self, generation_config, *args, **kwargs)
             given = compat.given_processors(args, kwargs)
-            return arrange(processors, given, generation_config) if generation_config.do_sample else processors
+            if generation_config.do_sample:
+                return arrange(processors, given, generation_config)
+            if unused := active_fields(generation_config):
+                make_samplers(generation_config)
+                logger.warning_once(f"do_sample is not True: {', '.join(unused)} of the generation config do nothing.")
+            return processors
 
         return _get_logits_processor
 

@@ -5,6 +5,7 @@ modes, with `-inf` where an earlier processor has removed a token. Only differen
 """
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ def captured(scores: Tensor) -> bool:
 
 
 def row_maxima(scores: Tensor) -> Tensor:
-    """Largest score of each row, `[batch, 1]`. `ValueError` for NaN, `+inf` and rows of `-inf` only."""
+    """Largest score of each row, `[batch, 1]`. `ValueError` for NaN, `+inf`, rows of `-inf` only and other shapes."""
+    if scores.dim() != 2:
+        raise ValueError(f"scores have the shape {tuple(scores.shape)} but must be [batch, vocab].")
     largest = scores.amax(dim=-1, keepdim=True)
     # One number says that all are finite; float64 so that large ones do not add up to infinity.
     if not captured(scores) and not math.isfinite(largest.sum(dtype=torch.float64)):
@@ -96,16 +99,16 @@ def _cut_ties(scores: Tensor, logits: Tensor, last: Tensor, count: Tensor, filte
 
 
 def check_positive_int(owner: str, name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{owner}: {name} is {value!r} but must be an integer >= 1.")
     if value < 1:
         raise ValueError(f"{owner}: {name} is {value} but must be an integer >= 1.")
-    return value
+    return int(value)
 
 
 def check_number(owner: str, name: str, value: object, low: float, high: float, closed: str = "") -> float:
     """A float in an interval; `closed` holds `[` and `]` for the ends that belong to it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{owner}: {name} is {value!r} but must be a number.")
     left, right = "[" if "[" in closed else "(", "]" if "]" in closed else ")"
     above = value >= low if left == "[" else value > low

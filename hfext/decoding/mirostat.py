@@ -39,7 +39,7 @@ def zipf_exponent(top: Tensor) -> Tensor:
 
 def tokens_for(mu: Tensor, s: Tensor, vocab: int) -> Tensor:
     """k of version 1 for each row, rounded, in [1, vocab]. The limit for s = 1 is 2^mu / ln V."""
-    s = s.clamp(min=1e-6)
+    s, vocab = s.clamp(min=1e-6), max(vocab, 2)
     epsilon = s - 1
     near = epsilon.abs() < 1e-9
     safe = torch.where(near, torch.ones_like(epsilon), epsilon)
@@ -53,7 +53,8 @@ class MirostatLogitsProcessor(LogitsProcessor):
 
     It only filters; `generate` draws the token. Its state is looked up by the tokens of the sequence, so batches,
     beams and assisted decoding work, and an object can be used again: a prompt that is an earlier sequence and its
-    next token takes up the state of that sequence, every other begins anew. Use it as the only truncation, with
+    next token takes up the state of that sequence, every other begins anew. With batches of one, drafts of up to 60
+    tokens are followed. Use it as the only truncation, with
     `top_k=0`: the default is 50.
 
     Args:
@@ -156,7 +157,8 @@ class MirostatLogitsProcessor(LogitsProcessor):
             fewest = bits.topk(min(self.min_tokens_to_keep, vocab), largest=False).values[:, -1:]
             out = scores.masked_fill(bits > mu[:, None].to(bits).maximum(fewest), self.filter_value)
         if self.feedback == "truncated":
-            bits = logits.masked_fill(out != scores, -math.inf).log_softmax(dim=-1) / -math.log(2)
+            removed = (out != scores) | (scores == -math.inf)
+            bits = logits.masked_fill(removed, -math.inf).log_softmax(dim=-1) / -math.log(2)
         self.memory.store(input_ids, (mu, bits))
         return out
 

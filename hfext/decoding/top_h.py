@@ -197,8 +197,8 @@ class TopHLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~torch.zeros_like(kept).scatter_(1, order, kept), self.filter_value)
 
     def _compare_sums(self, scores: Tensor, logits: Tensor) -> Tensor:
-        # One more than the cap, so that a tie through the cut is seen.
-        top, order = largest_first(logits, CAP + 1)
+        # One more than can be kept, so that a tie through the cut is seen.
+        top, order = largest_first(logits, max(CAP, self.min_tokens_to_keep) + 1)
         over = logits if self.mode == "reference" else top[:, :CAP]
         sums = partial_sums(top[:, :CAP], over.logsumexp(dim=-1, keepdim=True))
         count = self._limited(length_within(sums, self.alpha * sums[:, -1], top[:, :CAP]))

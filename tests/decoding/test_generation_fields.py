@@ -2,7 +2,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    SynthIDTextWatermarkingConfig,
+    TemperatureLogitsWarper,
+    WatermarkingConfig,
+)
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -20,7 +27,7 @@ def ids(rows=2):
 
 def sample(model, seed=0, **options):
     torch.manual_seed(seed)
-    return model.generate(ids(), do_sample=True, max_new_tokens=10, **{"top_k": 0, **options})
+    return model.generate(ids(), max_new_tokens=10, **{"do_sample": True, "top_k": 0, **options})
 
 
 def names_of(model, **options):
@@ -82,6 +89,8 @@ def test_fields_stand_between_temperature_and_the_stock_truncations(tiny_llama):
     assert names_of(model, top_h_alpha=0.4, top_p=0.9) == ["top_h_alpha", "top_p"]
     assert names_of(model, top_h_alpha=0.4) == ["top_h_alpha"]
     assert names_of(model, top_h_alpha=0.4, do_sample=False) == []
+    for config in (SynthIDTextWatermarkingConfig(keys=[1, 2], ngram_len=3), WatermarkingConfig()):
+        assert names_of(model, top_h_alpha=0.4, watermarking_config=config)[0] == "top_h_alpha"
 
 
 def test_sampler_order_arranges_what_generate_built_and_leaves_what_it_was_given(tiny_llama):
@@ -108,7 +117,8 @@ def test_sampler_order_arranges_what_generate_built_and_leaves_what_it_was_given
         ({"sampler_order": ["top_q"]}, ValueError, "Did you mean"),
         ({"sampler_order": ["top_p", "top_p"]}, ValueError, "once"),
         ({"sampler_order": "top_p"}, TypeError, "list of names"),
-        ({"top_h_alpha": 1.5}, ValueError, "alpha is 1.5"),
+        ({"top_h_alpha": 1.5}, ValueError, "top_h_alpha=1.5 in the generation config: .*alpha is 1.5"),
+        ({"top_h_alpha": 7.0, "do_sample": False}, ValueError, "top_h_alpha=7.0"),
         ({"mirostat_tau": -1.0}, ValueError, "tau"),
         ({"mirostat_eta": 0.1}, ValueError, "mirostat_tau is not set"),
         ({"top_n_sigma": 0}, ValueError, "n is 0"),
@@ -126,6 +136,9 @@ def test_a_processor_for_another_temperature_is_refused(tiny_llama):
             with pytest.raises(ValueError, match="give both the same"):
                 sample(model, temperature=temperature, logits_processor=[processor])
         sample(model, temperature=1.5, logits_processor=[processor])
+        sample(model, logits_processor=[processor, TemperatureLogitsWarper(1.5)])
+        with pytest.raises(ValueError, match="give both the same"):
+            sample(model, logits_processor=[TemperatureLogitsWarper(1.5), processor])
 
 
 def test_other_truncation_beside_mirostat_is_warned_of(tiny_llama, warnings):
@@ -136,6 +149,21 @@ def test_other_truncation_beside_mirostat_is_warned_of(tiny_llama, warnings):
     assert "beside top_k, top_p" in warnings.text
     sample(model, top_h_alpha=0.4, top_k=50)
     assert "top_k=50 as well" in warnings.text
+
+
+def test_fields_without_sampling_are_warned_of(tiny_llama, warnings):
+    model = decoding.enable(tiny_llama())
+    greedy = sample(model, do_sample=False, top_h_alpha=0.4)
+    assert "top_h_alpha of the generation config do nothing" in warnings.text
+    assert torch.equal(greedy, sample(model, do_sample=False))
+
+
+def test_a_draft_model_that_is_handed_the_samplers_uses_them_once(tiny_llama, warnings):
+    model, draft = decoding.enable(tiny_llama()), tiny_llama(seed=1)
+    torch.manual_seed(0)
+    options = dict(do_sample=True, top_k=0, max_new_tokens=8, top_h_alpha=0.4, assistant_model=draft)
+    assert model.generate(ids(1), **options).shape == (1, 13)
+    assert "not used" not in warnings.text
 
 
 @pytest.mark.parametrize("from_model_config", [True, False])
@@ -171,6 +199,29 @@ def test_doctor_tells_what_a_saved_model_needs(tiny_llama, tmp_path):
     found = run.invoke(app, ["doctor", str(tmp_path / "with")])
     assert found.exit_code == 1 and "alpha is 7" in found.output
     assert run.invoke(app, ["doctor", str(tmp_path)]).exit_code == 2
+    fields = {"do_sample": True, "top_h_alpha": 0.4}
+    for content, code, text in (
+        ({**fields, "sampler_order": ["temperature"]}, 1, "does not name top_h_alpha"),
+        ({**fields, "_from_model_config": True}, 1, "will drop these fields"),
+        ({"top_h_alpha": 0.4}, 0, "act with do_sample=True"),
+        ([1], 1, "holds a list"),
+    ):
+        file.write_text(json.dumps(content))
+        found = run.invoke(app, ["doctor", str(file)])
+        assert found.exit_code == code and text in found.output
+
+
+def test_beams_are_counted_for_the_samplers(tiny_llama):
+    model, seen = decoding.enable(tiny_llama()), []
+
+    def look(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        seen.extend(logits_processor)
+        return input_ids
+
+    options = dict(do_sample=True, top_k=0, top_h_alpha=0.4, mirostat_tau=3.0, num_beams=4, eos_token_id=[2, 5, 7])
+    model.generate(ids(), custom_generate=look, max_new_tokens=2, **options)
+    assert [p.min_tokens_to_keep for p in seen] == [4, 4]
+    assert seen[1].memory.rows_per_input == 4
 
 
 def test_beams_leave_enough_tokens_and_peft_models_can_be_enabled(tiny_llama):

@@ -45,6 +45,16 @@ def test_version_1_keeps_the_first_k_of_a_zipf_stream():
     assert count == round((0.2 * 2**6 / (1 - 2000**-0.2)) ** (1 / 1.2))
 
 
+def test_version_1_looks_beyond_the_ratios_it_fits_and_keeps_the_fewest():
+    ids, scores = torch.zeros(1, 1, dtype=torch.long), zipf(2000, 1.2)[None].float()
+    count = int(kept(MirostatLogitsProcessor(4.0, version=1, m=10), ids, scores).sum())
+    assert count == round((0.2 * 2**8 / (1 - 2000**-0.2)) ** (1 / 1.2)) > 11
+    for version in (1, 2):
+        few = MirostatLogitsProcessor(0.01, version=version, min_tokens_to_keep=37)
+        assert kept(few, ids, scores)[0].nonzero()[:, 0].tolist() == list(range(37))
+    assert kept(MirostatLogitsProcessor(version=1), ids, torch.zeros(1, 1)).all()
+
+
 def test_without_learning_the_threshold_is_constant():
     processor = MirostatLogitsProcessor(tau=2.0, eta=0.0)
     generator = torch.Generator().manual_seed(0)
@@ -124,6 +134,31 @@ def test_rejected_drafts_leave_no_trace():
         assert torch.equal(processor.mu(ids, vocab), expected[step])
 
 
+def test_a_row_looks_first_at_its_own_place():
+    """Rows 0 and 2 have one prefix; each goes on from what it had itself, not from the nearest of that prefix."""
+    processor, start = MirostatLogitsProcessor(2.0), torch.tensor([[0], [1], [0]])
+    scores = torch.stack([torch.linspace(0, 8, 40), torch.zeros(40), torch.linspace(0, 1, 40)])
+    processor(start, scores)
+    found = processor.mu(torch.cat([start, torch.full((3, 1), 5)], dim=1), 40)
+    for row in range(3):
+        single = MirostatLogitsProcessor(2.0)
+        single(start[row : row + 1], scores[row : row + 1])
+        assert single.mu(torch.tensor([[start[row, 0], 5]]), 40) == found[row]
+
+
+def test_memory_is_bounded_and_forgets_what_was_overtaken():
+    processor = MirostatLogitsProcessor(2.0)
+    ids = torch.zeros(4, 1, dtype=torch.long)
+    for _ in range(40):
+        processor(ids, torch.zeros(4, 10))
+        ids = torch.cat([ids, ids[:, :1]], dim=1)
+    assert sorted(processor.memory.calls) == list(range(25, 41))
+    processor(ids[:, :30], torch.zeros(4, 10))
+    assert sorted(processor.memory.calls) == list(range(25, 31))
+    processor.reset()
+    assert not processor.memory.calls
+
+
 def test_rows_of_an_encoder_decoder_batch_are_told_apart():
     """All rows begin with the same token, so the prefix alone does not say which row is meant."""
     start = torch.zeros(2, 1, dtype=torch.long)
@@ -160,9 +195,10 @@ def test_mu_is_held_where_the_target_cannot_be_reached():
 
 def test_a_token_of_probability_zero_changes_nothing():
     scores = torch.tensor([[0.0, 1.0, -math.inf]])
-    processor = MirostatLogitsProcessor(1.0)
-    processor(torch.tensor([[1]]), scores)
-    assert processor.mu(torch.tensor([[1, 2]]), 3).item() == 2.0
+    for feedback in ("full", "truncated"):
+        processor = MirostatLogitsProcessor(1.0, feedback=feedback)
+        processor(torch.tensor([[1]]), scores)
+        assert processor.mu(torch.tensor([[1, 2]]), 3).item() == 2.0
 
 
 @pytest.mark.parametrize("version", [1, 2])

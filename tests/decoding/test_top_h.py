@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper
@@ -66,6 +67,10 @@ def test_search_by_blocks_finds_the_largest(vocab):
     top, order = largest_first(logits, 40)
     assert torch.equal(top, logits.sort(-1, descending=True).values[:, :40])
     assert torch.equal(logits.gather(1, order), top)
+    # The last tokens, which fill no block, and a whole block of large ones.
+    logits[0, -1], logits[1, 32:64] = 50.0, torch.arange(50.0, 82.0)
+    top, order = largest_first(logits, 20)
+    assert order[0, 0] == vocab - 1 and order[1].tolist() == list(range(63, 43, -1))
 
 
 @pytest.mark.parametrize("size, alpha", [(300, 0.4), (10, 0.3), (16, 0.5), (1000, 2 / 3), (50000, 0.4)])
@@ -104,13 +109,13 @@ def test_own_temperature_before_the_warper_equals_temperature_first():
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("scale", [0.3, 3.0])
 @pytest.mark.parametrize("vocab", [60, 100, 101, 5000])
-@pytest.mark.parametrize("alpha", [0.3, 0.9])
-def test_mode_transformers_equals_the_built_in_warper(vocab, alpha):
-    scores = rows(vocab, 4, vocab)
-    assert torch.equal(
-        TopHLogitsProcessor(alpha, mode="transformers")(None, scores), TopHLogitsWarper(alpha)(None, scores)
-    )
+def test_mode_transformers_equals_the_built_in_warper(vocab, scale):
+    scores = rows(vocab, 4, vocab, scale)
+    for alpha in (0.05 + 0.031 * i for i in range(30)):
+        ours = TopHLogitsProcessor(alpha, mode="transformers")(None, scores)
+        assert torch.equal(ours, TopHLogitsWarper(alpha)(None, scores)), alpha
 
 
 def test_mode_reference_compares_sums_that_are_not_normalised():
@@ -195,9 +200,24 @@ def test_fewest_and_most_tokens_are_honoured():
     assert kept(TopHLogitsProcessor(0.9, max_candidates=7), wide).sum(-1).tolist() == [7, 7]
     assert kept(TopHLogitsProcessor(1.0, max_candidates=7), wide).sum(-1).tolist() == [7, 7]
     assert kept(TopHLogitsProcessor(0.1, min_tokens_to_keep=600), wide).sum(-1).tolist() == [600, 600]
+    for options in ({"mode": "reference"}, {"mode": "transformers"}):
+        assert kept(TopHLogitsProcessor(0.1, min_tokens_to_keep=600, **options), wide).sum(-1).tolist() == [600, 600]
+    likeliest = torch.zeros_like(wide, dtype=torch.bool).scatter_(1, wide.topk(600).indices, True)
+    assert kept(TopHLogitsProcessor(0.1, min_tokens_to_keep=600, solver="skip"), wide)[likeliest].all()
+    assert kept(TopHLogitsProcessor(0.9, solver="skip", max_candidates=7), wide).sum(-1).tolist() == [7, 7]
     # A real second token is kept before one that is masked, however unlikely it is.
     far = torch.tensor([[-math.inf, -math.inf, 0.0, -500.0, -math.inf]])
     assert kept(TopHLogitsProcessor(0.4, min_tokens_to_keep=2), far).tolist() == [[False, False, True, True, False]]
+
+
+def test_prefix_entropies_are_exact():
+    logits = rows(4000, 1, 9, 0.5).sort(-1, descending=True).values
+    logits -= logits[:, :1].clone()
+    found = top_h.prefix_entropies(logits)[0]
+    weights = [math.exp(x) for x in logits[0].tolist()]
+    for j in (1, 2, 57, 4000):
+        total = math.fsum(weights[:j])
+        assert found[j - 1].item() == pytest.approx(entropy_of([w / total for w in weights[:j]]), abs=1e-12)
 
 
 def test_compiled_without_branches_on_values():
@@ -239,6 +259,9 @@ def test_every_sampled_token_was_kept(tiny_llama):
 
 @pytest.mark.parametrize("scores", [torch.full((1, 4), math.nan), torch.full((1, 4), -math.inf)])
 def test_rows_that_cannot_be_sampled_are_named(scores):
+    for shape in ((4,), (1, 2, 4)):
+        with pytest.raises(ValueError, match="must be \\[batch, vocab\\]"):
+            TopHLogitsProcessor()(None, torch.zeros(shape))
     scores = torch.cat([torch.zeros(2, 4), scores])
     with pytest.raises(ValueError, match=r"scores\[2\] cannot be sampled"):
         TopHLogitsProcessor()(None, scores)
@@ -263,3 +286,8 @@ def test_rows_that_cannot_be_sampled_are_named(scores):
 def test_bad_options_are_named(options, error, text):
     with pytest.raises(error, match=text):
         TopHLogitsProcessor(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    processor = TopHLogitsProcessor(np.float32(0.5), temperature=np.float64(2.0), min_tokens_to_keep=np.int64(2))
+    assert (processor.alpha, processor.temperature, processor.min_tokens_to_keep) == (0.5, 2.0, 2)

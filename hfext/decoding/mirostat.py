@@ -25,7 +25,6 @@ from ._prefix import PrefixMemory
 from ._truncate import MASKED, check_number, check_positive_int, keep_first, largest_first, row_maxima, shifted
 
 FEEDBACKS = ("full", "truncated")
-HEADROOM = 5.0  # bits above log2 V to which mu may rise
 
 
 def zipf_exponent(top: Tensor) -> Tensor:
@@ -69,8 +68,10 @@ class MirostatLogitsProcessor(LogitsProcessor):
             Whether S is measured under the `"full"` or the `"truncated"` distribution.
         m (`int`, *optional*, defaults to 100):
             How many ratios version 1 fits.
-        clamp_mu (`bool`, *optional*, defaults to `True`):
-            Hold mu in [0, log2 V + 5]. Without it, a target that cannot be reached drives mu away without limit.
+        windup (`int`, *optional*, defaults to 100):
+            Hold mu in [-w, log2 V + w] with w = windup eta tau bits: what so many tokens in a row can miss the target
+            by is made up for later, and no more. `None`, as in the paper, sets no limit: where the target cannot be
+            reached mu then goes away, and needs as long to come back.
         temperature (`float`, *optional*):
             The temperature that `generate` applies after this processor, > 0: decides what is kept and S, and leaves
             the scores as they came. Leave it out where the scores are tempered already.
@@ -98,7 +99,7 @@ class MirostatLogitsProcessor(LogitsProcessor):
         version: Literal[1, 2] = 2,
         feedback: Literal["full", "truncated"] = "full",
         m: int = 100,
-        clamp_mu: bool = True,
+        windup: int | None = 100,
         temperature: float | None = None,
         rows_per_input: int | None = None,
         min_tokens_to_keep: int = 1,
@@ -115,7 +116,8 @@ class MirostatLogitsProcessor(LogitsProcessor):
             check_number(owner, "temperature", temperature, 0, math.inf)
         if rows_per_input is not None:
             check_positive_int(owner, "rows_per_input", rows_per_input)
-        self.version, self.feedback, self.clamp_mu, self.temperature = version, feedback, clamp_mu, temperature
+        self.windup = None if windup is None else check_positive_int(owner, "windup", windup)
+        self.version, self.feedback, self.temperature = version, feedback, temperature
         self.m = check_positive_int(owner, "m", m)
         self.min_tokens_to_keep = check_positive_int(owner, "min_tokens_to_keep", min_tokens_to_keep)
         self.filter_value = filter_value
@@ -133,7 +135,10 @@ class MirostatLogitsProcessor(LogitsProcessor):
             (before, bits), rows, then = known
             surprise = bits[then, input_ids[rows, -1]].double()
             mu[rows] = before[then] - torch.where(surprise.isfinite(), self.eta * (surprise - self.tau), 0.0)
-        return mu.clamp(0, math.log2(vocab) + HEADROOM) if self.clamp_mu else mu
+        if self.windup is None:
+            return mu
+        room = self.windup * self.eta * self.tau
+        return mu.clamp(-room, math.log2(vocab) + room)
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -185,6 +190,6 @@ METHOD = Method(
     recipe="decoding/mirostat-smollm2-surprise.yaml",
     notes=(
         "Version 2, which became the usual one, is not in the paper; it is that of later ports with the paper's "
-        "feedback. mu is held in [0, log2 V + 5], which the paper does not do: clamp_mu=False."
+        "feedback. mu is held where 100 tokens can bring it, which the paper does not do: windup=None."
     ),
 )

@@ -37,7 +37,7 @@ class Config:
     """
 
     taus: list[float] = field(default_factory=lambda: [2.0, 3.0, 4.0])
-    eta: float = 0.3
+    eta: float = 1.0
     versions: list[int] = field(default_factory=lambda: [2])
     fixed: list[str] = field(default_factory=lambda: ["top_p=0.9", "top_k=50"])
     tokens: int = 300

@@ -93,7 +93,7 @@ def test_mu_follows_the_recurrence(version, feedback):
             assert torch.equal(mask, (-p.log2() <= mu) | (p == p.max()))
         token = int(torch.multinomial(p * mask, 1, generator=generator))
         share = p if feedback == "full" else p * mask / (p * mask).sum()
-        mu = min(max(mu - eta * (-math.log2(share[token]) - tau), 0.0), math.log2(vocab) + 5)
+        mu -= eta * (-math.log2(share[token]) - tau)
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
 
 
@@ -185,12 +185,19 @@ def test_rows_of_an_encoder_decoder_batch_are_told_apart():
 def test_mu_is_held_where_the_target_cannot_be_reached():
     peaked = torch.tensor([[30.0, 0.0, 0.0, 0.0]])
     ids = torch.zeros(1, 1, dtype=torch.long)
-    clamped, free = MirostatLogitsProcessor(3.0), MirostatLogitsProcessor(3.0, clamp_mu=False)
+    held, free = MirostatLogitsProcessor(3.0, 0.5, windup=8), MirostatLogitsProcessor(3.0, 0.5, windup=None)
     for _ in range(40):
-        clamped(ids, peaked), free(ids, peaked)
+        held(ids, peaked), free(ids, peaked)
         ids = torch.cat([ids, ids[:, :1]], dim=1)
-    assert clamped.mu(ids, 4).item() == 2 + 5
-    assert free.mu(ids, 4).item() == pytest.approx(6 + 40 * 3, abs=1e-3)
+    assert held.mu(ids, 4).item() == 2 + 8 * 0.5 * 3
+    assert free.mu(ids, 4).item() == pytest.approx(6 + 40 * 1.5, abs=1e-3)
+    # Below, where every token is more surprising than the target.
+    flat, ids = torch.zeros(1, 1024), torch.zeros(1, 1, dtype=torch.long)
+    low = MirostatLogitsProcessor(1.0, windup=5)
+    for _ in range(10):
+        low(ids, flat)
+        ids = torch.cat([ids, ids[:, :1]], dim=1)
+    assert low.mu(ids, 1024).item() == -5
 
 
 def test_a_token_of_probability_zero_changes_nothing():
@@ -272,6 +279,7 @@ def test_assisted_decoding_keeps_the_thresholds_of_plain_decoding(tiny_llama):
         ({"version": 3}, ValueError, "version"),
         ({"feedback": "ful"}, ValueError, "Did you mean 'full'"),
         ({"m": 0}, ValueError, "m is 0"),
+        ({"windup": 0}, ValueError, "windup"),
         ({"temperature": 0}, ValueError, "temperature"),
         ({"rows_per_input": 0}, ValueError, "rows_per_input"),
     ],

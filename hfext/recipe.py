@@ -89,7 +89,7 @@ def execute(
     experiment = module.__name__.rpartition(".")[2]
     resolved = plain(dataclasses.asdict(config))
     write_text(out / "config.yaml", yaml.safe_dump({"experiment": experiment, **resolved}, sort_keys=False))
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     returned = module.run(config, out)
     record = {
         "name": path.stem,
@@ -98,6 +98,7 @@ def execute(
         "versions": versions(),
         "machine": machine(),
         "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         **plain(returned),
     }

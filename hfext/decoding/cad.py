@@ -10,7 +10,7 @@ Trusting Your Evidence: Hallucinate Less with Context-aware Decoding, arXiv 2305
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..registry import Method, Result
+from ._active_steering import suspended
+from ._adapters import refuse_prompt_learning
+from ._cad_prompts import both_prompts, texts_of, tokens_of
+from ._cad_stream import AskedTexts, Stream
 
 
 def cad_scores(scores: Tensor, null: Tensor, alpha: float) -> Tensor:
@@ -37,48 +41,30 @@ def cad_scores(scores: Tensor, null: Tensor, alpha: float) -> Tensor:
     return combined.masked_fill(out_of_reach, -torch.inf).to(scores.dtype)
 
 
-def find_parents(old: Tensor, new: Tensor, groups: int) -> Tensor | None:
-    """For each row of `new` [rows, n] the equal row of `old` [old rows, n] in its group; None if one has none.
-
-    Rows of one prompt stand together and the groups in the same order on both sides. Other groups are not looked at:
-    the decoder prefixes of an encoder-decoder model are equal while its inputs differ.
-    """
-    per_old, per_new = len(old) // groups, len(new) // groups
-    old, new = old.view(groups, 1, per_old, -1), new.view(groups, per_new, 1, -1)
-    same = (old == new).all(-1)
-    if not same.any(-1).all():
-        return None
-    first = same.int().argmax(-1) + per_old * torch.arange(groups, device=same.device).unsqueeze(1)
-    return first.flatten()
-
-
-@dataclass
-class _Stream:
-    """What the null stream has seen: the rows of the last call and their keys and values."""
-
-    tokens: Tensor
-    cache: Cache | None
-
-
 class ContextAwareLogitsProcessor(LogitsProcessor):
     """Context-aware decoding for `generate(logits_processor=[...])`: greedy, sampling, beams, assisted.
 
     The scores come back as log-probabilities, so that beams add up log p_CAD. State belongs to token prefixes: rows
-    may be reordered, duplicated or shortened between calls, and the object may be used for another `generate`.
+    may be reordered, duplicated or shortened between calls, and the object may be used for another `generate`. There
+    a prompt that is one token longer than a text asked about before counts as its continuation, unless
+    `prompt_length` is given or `reset()` called first.
 
     Args:
-        model (`PreTrainedModel`): The model that generates, with or without PEFT adapters.
+        model (`PreTrainedModel`): The model that generates, with or without LoRA-like PEFT adapters. An attention
+            steering of it does not act on the second stream.
         no_context_ids (`torch.LongTensor` of shape `[batch, length]`): Prompts without the context; for an
-            encoder-decoder model the encoder input without it. Row i belongs to row i of the prompts of `generate`.
+            encoder-decoder model the encoder input without it. Row i belongs to row i of the prompts of `generate`:
+            where prompts share a query, as with several contexts, its row is repeated.
         no_context_mask (`torch.LongTensor` of shape `[batch, length]`, *optional*, defaults to all ones): 0 at
             padding, which must be on the left for decoder-only models.
         alpha (`float`, *optional*, defaults to 0.5): Strength, >= 0. 0 is plain decoding at no cost.
         prompt_length (`int`, *optional*): Tokens of the prompts of `generate`, padding included; what follows them
-            is shared. By default that of the first call, and again of a call that does not begin with its prompts.
+            is shared. By default that of the first call, and again of a call that continues no text asked about.
 
     Raises:
         ValueError: For values out of range, a batch that does not fit, NaN scores, another vocabulary.
         TypeError: For a wrong kind of model or ids.
+        NotImplementedError: For prompt tuning, prefix tuning and p-tuning.
     """
 
     supports_continuous_batching = False
@@ -93,7 +79,9 @@ class ContextAwareLogitsProcessor(LogitsProcessor):
     ):
         if not isinstance(model, torch.nn.Module) or not callable(getattr(model, "generate", None)):
             raise TypeError(f"model is a {type(model).__name__} but must be a model with `generate`.")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        refuse_prompt_learning(model, "Context-aware decoding")
+        alpha = alpha.item() if isinstance(alpha, Tensor) and alpha.ndim == 0 else alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, Real):
             raise TypeError(f"alpha is {alpha!r} but must be a number.")
         if not 0 <= alpha < float("inf"):
             raise ValueError(f"alpha is {alpha} but must be >= 0 and finite.")
@@ -120,15 +108,16 @@ class ContextAwareLogitsProcessor(LogitsProcessor):
         self.model, self.alpha, self.prompt_length = model, float(alpha), prompt_length
         self.no_context_ids, self.no_context_mask = no_context_ids, mask
         # A PEFT model passes its arguments on, so that its own signature says little.
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._accepts = frozenset(inspect.signature(core.forward).parameters)
+        self._core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._accepts = frozenset(inspect.signature(self._core.forward).parameters)
         self.reset()
 
     def reset(self) -> None:
-        """Forget the rows seen and the keys and values of the second stream."""
-        self._stream: _Stream | None = None
-        self._prompts: Tensor | None = None
+        """Forget the texts asked about and the keys and values of the second stream."""
+        self._stream: Stream | None = None
+        self._asked = AskedTexts()
         self._encoded: Tensor | None = None
+        self._start = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.alpha == 0:
@@ -141,7 +130,8 @@ class ContextAwareLogitsProcessor(LogitsProcessor):
             )
         if scores.isnan().any():
             raise ValueError("scores contain NaN: the model or an earlier logits processor made them.")
-        null = self._null_logits(input_ids)
+        with suspended(self.model):
+            null = self._null_logits(input_ids)
         if null.shape != scores.shape:
             raise ValueError(
                 f"scores have {scores.shape[-1]} tokens but the model of the second stream has {null.shape[-1]}: an "
@@ -152,13 +142,16 @@ class ContextAwareLogitsProcessor(LogitsProcessor):
     @torch.no_grad()
     def _null_logits(self, input_ids: Tensor) -> Tensor:
         """Next-token logits without the context, [rows, vocab]; forwards the tokens that are not in the cache."""
-        start = self._shared_from(input_ids)
-        repeats = len(input_ids) // len(self.no_context_ids)
-        cache, seen = self._continued(input_ids, start)
+        self._continue_or_begin(input_ids)
+        groups, layers = len(self.no_context_ids), self._layers()
+        stream, seen = self._stream, 0
         # Of a failed forward nothing remains.
         self._stream = None
-        shared = input_ids[:, start:]
-        ids = self.no_context_ids.to(input_ids.device).repeat_interleave(repeats, 0)
+        if stream is not None and stream.layers == layers:
+            seen = stream.continued(input_ids, groups)
+        cache = stream.cache if seen else None
+        repeats = len(input_ids) // groups
+        shared = input_ids[:, self._start :]
         mask = self.no_context_mask.to(input_ids.device).repeat_interleave(repeats, 0)
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if self.model.config.is_encoder_decoder:
@@ -166,58 +159,59 @@ class ContextAwareLogitsProcessor(LogitsProcessor):
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
             inputs |= {"attention_mask": mask, "decoder_input_ids": shared[:, seen:]}
         else:
+            ids = self.no_context_ids.to(input_ids.device).repeat_interleave(repeats, 0)
+            done = ids.shape[1] + seen - self._start if seen else 0
             mask = torch.cat([mask, mask.new_ones(shared.shape)], 1)
-            inputs |= {"input_ids": torch.cat([ids, shared], 1)[:, seen:], "attention_mask": mask}
+            inputs |= {"input_ids": torch.cat([ids, shared], 1)[:, done:], "attention_mask": mask}
             if "position_ids" in self._accepts:
-                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, done:]
             if "logits_to_keep" in self._accepts:
                 inputs["logits_to_keep"] = 1
         out = self.model(**inputs)
         cache = out.get("past_key_values")
         # Recurrent models keep their state elsewhere; they are run over the whole prefix again.
-        self._stream = _Stream(input_ids.clone(), cache) if isinstance(cache, Cache) else None
+        self._stream = Stream(input_ids.clone(), cache, layers) if isinstance(cache, Cache) else None
         return out.logits[:, -1]
 
-    def _shared_from(self, input_ids: Tensor) -> int:
-        """Where the tokens begin that both streams share; forgets the stream of other prompts."""
+    def _continue_or_begin(self, input_ids: Tensor) -> None:
+        """Begin anew, with `_start` where the tokens begin that both streams share, unless the call continues one."""
+        groups = len(self.no_context_ids)
+        known = self._asked.know_parents(input_ids, groups)
+        if not all(known):
+            alone = self.model.config.is_encoder_decoder or self.prompt_length is not None
+            if any(known) and not alone:
+                raise ValueError(
+                    f"input_ids: row {known.index(False)} continues no prompt of this generate while others do. Call "
+                    "reset() before a generate with other prompts, or give prompt_length."
+                )
+            start = self._prompt_columns(input_ids)
+            self.reset()
+            self._start = start
+        self._asked.add(input_ids, groups)
+
+    def _prompt_columns(self, input_ids: Tensor) -> int:
+        """Columns of the prompts in the first call of a generate, of which a group may hold one alone."""
         if self.model.config.is_encoder_decoder:
             return 0
-        length = input_ids.shape[1]
-        if self.prompt_length is not None:
-            if self.prompt_length > length:
-                raise ValueError(f"prompt_length is {self.prompt_length} but must be <= {length}, the tokens given.")
-            return self.prompt_length
-        groups, known = len(self.no_context_ids), self._prompts
-        if known is not None and known.shape[1] <= length and known.device == input_ids.device:
-            if find_parents(known, input_ids[:, : known.shape[1]], groups) is not None:
-                return known.shape[1]
-        self._stream = None
-        self._prompts = input_ids[:: len(input_ids) // groups].clone()
-        return length
+        groups, (rows, length) = len(self.no_context_ids), input_ids.shape
+        columns = length if self.prompt_length is None else self.prompt_length
+        if columns > length:
+            raise ValueError(f"prompt_length is {columns} but must be <= {length}, the tokens given.")
+        prompts = input_ids[:, :columns]
+        if not torch.equal(prompts[:: rows // groups].repeat_interleave(rows // groups, 0), prompts):
+            raise ValueError(
+                f"no_context_ids has {groups} rows but must have one for each prompt, here at least "
+                f"{len(prompts.unique_consecutive(dim=0))}: repeat the row that several prompts share."
+            )
+        return columns
 
-    def _continued(self, input_ids: Tensor, start: int) -> tuple[Cache | None, int]:
-        """The cache with one row for each row of `input_ids`, and how many tokens it holds; `(None, 0)` on a miss."""
-        stream = self._stream
-        if stream is None or stream.tokens.device != input_ids.device:
-            return None, 0
-        before = 0 if self.model.config.is_encoder_decoder else self.no_context_ids.shape[1]
-        old = stream.tokens.shape[1]
-        common = min(old, input_ids.shape[1] - 1)
-        if common < max(start, 1):
-            return None, 0
-        parents = find_parents(stream.tokens[:, :common], input_ids[:, :common], len(self.no_context_ids))
-        if parents is None:
-            return None, 0
-        if common < old:
-            if not stream.cache.is_croppable or any(stream.cache.is_sliding):
-                return None, 0
-            stream.cache.crop(common - old)
-        if not torch.equal(parents, torch.arange(len(stream.tokens), device=parents.device)):
-            stream.cache.reorder_cache(parents)
-        return stream.cache, before + common - start
+    def _layers(self) -> int | None:
+        """Layers that the model runs: a draft by early exit runs fewer of its own."""
+        base = getattr(self._core, self._core.base_model_prefix, self._core)
+        return getattr(base.config, "num_hidden_layers", None)
 
     def _encode(self, device: torch.device) -> Tensor:
-        """Encoder states of the inputs without context, once, [batch, length, hidden]."""
+        """Encoder states of the inputs without context, once for each `generate`, [batch, length, hidden]."""
         if self._encoded is None or self._encoded.device != device:
             encoder = self.model.get_encoder()
             ids, mask = self.no_context_ids.to(device), self.no_context_mask.to(device)
@@ -259,14 +253,14 @@ def generate_cad(
     if input_ids is None:
         if no_context_ids is not None:
             raise ValueError("no_context_ids is given without input_ids: give both, or context and query.")
-        contexts, queries = _texts("context", context), _texts("query", query)
+        contexts, queries = texts_of("context", context), texts_of("query", query)
         if len(contexts) != len(queries):
             raise ValueError(f"context has {len(contexts)} texts but query {len(queries)}: one of each for a prompt.")
         if tokenizer is None:
             raise ValueError("tokenizer is None but must be given with texts.")
-        prompts = _prompts(contexts, queries, template, tokenizer)
+        prompts = both_prompts(contexts, queries, template, tokenizer)
         side = "right" if model.config.is_encoder_decoder else "left"
-        pairs = [_tokens(texts, tokenizer, side, special=template != "chat") for texts in prompts]
+        pairs = [tokens_of(texts, tokenizer, side, special=template != "chat") for texts in prompts]
         (input_ids, attention_mask), (no_context_ids, no_context_mask) = (
             [part.to(model.device) for part in pair] for pair in pairs
         )
@@ -283,46 +277,6 @@ def generate_cad(
     return model.generate(
         input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors, **generate_kwargs
     )
-
-
-def _texts(name: str, value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be a string or a list of strings, not {value!r:.80}.")
-    return list(texts)
-
-
-def _prompts(contexts: list[str], queries: list[str], template: Any, tokenizer: Any) -> tuple[list[str], list[str]]:
-    chat = template == "chat"
-    if not chat and (isinstance(template, str) or len(template) != 2):
-        raise ValueError(f"template is {template!r} but must be 'chat' or a pair (with context, without).")
-    given, null = ("{context}\n\n{query}", "{query}") if chat else template
-    if "{context}" not in given or "{query}" not in given or "{context}" in null:
-        raise ValueError(
-            f"template is {template!r} but its first part must name {{context}} and {{query}}, its second {{query}}."
-        )
-    pairs = list(zip(contexts, queries, strict=True))
-    both = [given.format(context=c, query=q) for c, q in pairs], [null.format(query=q) for q in queries]
-    if not chat:
-        return both
-    return tuple(
-        [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-            for text in texts
-        ]
-        for texts in both
-    )
-
-
-def _tokens(texts: list[str], tokenizer: Any, side: str, special: bool) -> tuple[Tensor, Tensor]:
-    if len(texts) > 1 and tokenizer.pad_token_id is None:
-        raise ValueError("The tokenizer has no pad token, which a batch needs: set tokenizer.pad_token.")
-    batch = tokenizer(
-        texts, padding=len(texts) > 1, padding_side=side, add_special_tokens=special, return_tensors="pt"
-    )
-    return batch["input_ids"], batch["attention_mask"]
 
 
 METHOD = Method(

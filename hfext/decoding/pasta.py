@@ -8,20 +8,26 @@ additive mask is the interface: it works wherever an attention function takes a 
 Tell Your Model Where to Attend: Post-hoc Attention Steering for LLMs, arXiv 2311.02262.
 """
 
+import contextlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .. import compat
 from ..registry import Method, Result
+from ._active_steering import ACTIVE, announce_prompts
+from ._adapters import refuse_prompt_learning
+from ._steering_input import heads_by_layer, span_rows
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +75,10 @@ class AttentionSteering:
         self.num_heads = model.config.get_text_config().num_attention_heads
         self._rows: Tensor | None = None
         self._given = prompt_length is not None
+        self._generating = 0
         self._hooks = []
+        self.modules: set[nn.Module] = set()
+        self.suspensions = 0
         if prompt_length is not None:
             self._learn(prompt_length)
         if alpha == 1:
@@ -79,18 +88,43 @@ class AttentionSteering:
             if chosen:
                 hook = self._steer(layer, sorted(set(chosen)), inspect.signature(modules[layer].forward))
                 self._hooks.append(modules[layer].register_forward_pre_hook(hook, with_kwargs=True))
+                self.modules.add(modules[layer])
+        if self._hooks:
+            announce_prompts()
+            ACTIVE.add(self)
 
     def remove(self) -> None:
         """Take the hooks off; the model is then as it was. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        ACTIVE.discard(self)
 
     def __enter__(self) -> "AttentionSteering":
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.remove()
+
+    @contextlib.contextmanager
+    def generating(self, length: int | None) -> Iterator[None]:
+        """Inside, `generate` runs with prompts of `length` columns; a draft by the same model runs its own inside."""
+        if not self._generating and not self._given and length is not None:
+            if self._rows is None:
+                self._learn(length)
+            self._check_prompt(length)
+        self._generating += 1
+        try:
+            yield
+        finally:
+            self._generating -= 1
+
+    def _check_prompt(self, length: int) -> None:
+        if length != self.prompt_length:
+            raise ValueError(
+                f"The spans are of a prompt of {self.prompt_length} tokens but the model reads one of {length}: steer "
+                "one prompt at a time, or give prompt_length if these are the same prompt and what follows it."
+            )
 
     def _learn(self, length: int) -> None:
         for row, spans in enumerate(self.spans):
@@ -105,14 +139,23 @@ class AttentionSteering:
     def _steer(self, layer: int, heads: list[int], signature: inspect.Signature) -> Callable:
         names = list(signature.parameters)
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if self.suspensions:
+                return None
             kwargs = dict(zip(names, args, strict=False)) | kwargs
-            hidden, cache, mask = (kwargs.get(n) for n in ("hidden_states", "past_key_values", "attention_mask"))
+            hidden, mask = kwargs.get("hidden_states"), kwargs.get("attention_mask")
             batch, queries = hidden.shape[:2]
+            # Models do not agree on its name.
+            cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
             before, keys, key_offset = 0, queries, 0
             if cache is not None:
                 before = int(cache.get_query_offset(layer))
                 keys, key_offset = (int(n) for n in cache.get_mask_sizes(queries, layer))
+            elif _reads_past(kwargs, mask, queries):
+                raise NotImplementedError(
+                    f"Layer {layer}, a {type(module).__name__}, attends to past tokens but is given no transformers "
+                    "Cache: use a model that takes one, or run it with use_cache=False."
+                )
             if mask is None:
                 mask = causal_mask(queries, before, keys, key_offset, hidden.device)
             elif not isinstance(mask, Tensor) or mask.ndim != 4:
@@ -132,16 +175,19 @@ class AttentionSteering:
             if before:
                 raise ValueError("prompt_length must be given when steering begins after the prompt was read.")
             self._learn(after)
-        if not before and after < self.prompt_length and not self._given:
-            raise ValueError(
-                f"The spans are of a prompt of {self.prompt_length} tokens but the model reads one of {after}: "
-                "steer one prompt at a time."
-            )
+        if not before and not self._given and not self._generating:
+            self._check_prompt(after)
         if batch % len(self.spans):
             raise ValueError(f"spans has {len(self.spans)} rows but the batch {batch}, which is no multiple.")
         window = self._rows[:, key_offset : key_offset + keys]
         window = nn.functional.pad(window, (0, keys - window.shape[1]))
         return window.repeat_interleave(batch // len(self.spans), 0)
+
+
+def _reads_past(kwargs: dict[str, Any], mask: Any, queries: int) -> bool:
+    """Whether arguments without a `Cache` speak of keys of earlier forwards."""
+    past = any("past" in name and value is not None for name, value in kwargs.items())
+    return past or (isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] > queries)
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -172,9 +218,9 @@ def steer_attention(
 ) -> AttentionSteering:
     """Steer attention heads towards token ranges of the prompt: `with steer_attention(...): model.generate(...)`.
 
-    All forwards are steered until the handle's `remove()`, those of a second stream included, so steering is not to
-    be combined with methods that run the model on other prompts. Materialises a mask [batch, heads, queries, keys]
-    for each steered layer.
+    All forwards of that prompt and what follows it are steered until the handle's `remove()`; another prompt needs
+    another handle. The second stream of context-aware decoding is not steered. Materialises a mask
+    [batch, heads, queries, keys] for each steered layer.
 
     Args:
         model (`PreTrainedModel`): Decoder-only, with `eager`, `sdpa` or one of this package's attentions.
@@ -185,14 +231,19 @@ def steer_attention(
         alpha (`float`, *optional*, defaults to 0.01): > 0. 1 changes nothing.
         mode (`str`, *optional*, defaults to `"exclude"`): `exclude` weighs prompt tokens outside the spans by alpha;
             `include` weighs those inside by 1 / alpha, which differs in what generated tokens keep.
-        prompt_length (`int`, *optional*): Columns of the prompt; by default those of the first forward.
+        prompt_length (`int`, *optional*): Columns of the prompt. By default those of the prompt of `generate`, in
+            every mode, or of the first forward outside of it; a loop of one's own that reads the prompt in parts,
+            with drafted tokens or without a cache has to give it.
 
     Raises:
-        ValueError: For values out of range, an unknown layer or head, empty or overlapping spans.
+        ValueError: For values out of range, an unknown layer or head, empty or overlapping spans, and where the model
+            reads a prompt of another length.
         TypeError: For spans or heads of a wrong kind.
-        NotImplementedError: For attention without additive masks and for encoder-decoder models.
+        NotImplementedError: For attention without additive masks, encoder-decoder models, past keys that are no
+            `Cache`, prompt tuning, prefix tuning and p-tuning.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    alpha = alpha.item() if isinstance(alpha, Tensor) and alpha.ndim == 0 else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha is {alpha!r} but must be a number.")
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha} but must be > 0 and finite.")
@@ -200,53 +251,16 @@ def steer_attention(
         raise ValueError(f"mode is {mode!r} but must be one of exclude, include.")
     if model.config.is_encoder_decoder:
         raise NotImplementedError("Encoder-decoder models are not steered: use a decoder-only model.")
+    refuse_prompt_learning(model, "Attention steering")
     name = compat.attention_implementation(model)
     if name not in ("eager", "sdpa") and not name.startswith("hfext_"):
         raise NotImplementedError(
             f"The attention {name!r} takes no additive mask: load the model with attn_implementation "
             "'sdpa' or 'eager'."
         )
-    return AttentionSteering(model, _rows_of(spans), _checked(model, heads), float(alpha), mode, prompt_length)
-
-
-def _rows_of(spans: Any) -> list[list[Span]]:
-    if not isinstance(spans, Sequence) or not spans:
-        raise ValueError("spans is empty: highlight at least one token range.")
-    rows = [spans] if isinstance(spans[0], Sequence) and spans[0] and isinstance(spans[0][0], int) else spans
-    out = []
-    for i, row in enumerate(rows):
-        if not isinstance(row, Sequence) or not all(
-            isinstance(s, Sequence) and len(s) == 2 and all(isinstance(n, int) for n in s) for s in row
-        ):
-            raise TypeError(f"spans: row {i} is {row!r} but must be a list of pairs of token positions.")
-        if not row:
-            raise ValueError(f"spans: row {i} has no span.")
-        ordered = sorted((int(start), int(end)) for start, end in row)
-        for start, end in ordered:
-            if not 0 <= start < end:
-                raise ValueError(f"spans: ({start}, {end}) of row {i} is empty or negative; 0 <= start < end.")
-        for (a, b), (c, d) in zip(ordered, ordered[1:], strict=False):
-            if c < b:
-                raise ValueError(f"spans: ({a}, {b}) and ({c}, {d}) of row {i} overlap.")
-        out.append(ordered)
-    return out
-
-
-def _checked(model: nn.Module, heads: Any) -> dict[int, list[int]]:
-    if not isinstance(heads, Mapping):
-        raise TypeError(f"heads is a {type(heads).__name__} but must be a dict from layer to heads.")
     layers, count = attention_modules(model), model.config.get_text_config().num_attention_heads
-    out: dict[int, list[int]] = {}
-    for key, chosen in heads.items():
-        # Keys of a JSON object are strings.
-        layer = int(key) if isinstance(key, str) and key.isdigit() else key
-        if layer not in layers:
-            raise ValueError(f"heads names layer {key!r} but the layers are {min(layers)} to {max(layers)}.")
-        for head in chosen:
-            if not isinstance(head, int) or not 0 <= head < count:
-                raise ValueError(f"heads names head {head!r} of layer {layer} but the heads are 0 to {count - 1}.")
-        out[layer] = list(chosen)
-    return out
+    heads = heads_by_layer(heads, layers, count)
+    return AttentionSteering(model, span_rows(spans), heads, float(alpha), mode, prompt_length)
 
 
 def span_to_tokens(
@@ -314,7 +328,7 @@ def profile_heads(
 
 def save_heads(heads: Heads, path: str | Path) -> None:
     """Write heads by layer as JSON."""
-    Path(path).write_text(json.dumps({str(k): list(v) for k, v in heads.items()}) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps({str(k): [int(h) for h in v] for k, v in heads.items()}) + "\n", encoding="utf-8")
 
 
 def load_heads(path: str | Path) -> dict[int, list[int]]:
@@ -345,5 +359,6 @@ METHOD = Method(
         baseline="prompting",
     ),
     recipe="decoding/pasta-smollm2-planted_fact.yaml",
-    notes="Needs `eager` or `sdpa` attention. Every forward of the model is steered while the handle is active.",
+    notes="Needs `eager` or `sdpa` attention. One handle serves one prompt and what is generated from it; the first "
+    "handle wraps `GenerationMixin.generate`, which then tells handles how long the prompt is.",
 )

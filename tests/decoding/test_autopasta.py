@@ -7,23 +7,28 @@ import transformers
 from hfext.decoding.autopasta import autopasta_generate, mean_pooling_encoder, nearest, split_sentences
 from hfext.decoding.pasta import span_to_tokens, steer_attention
 
-WORDS = "pad eos . : ? a b c d e f g h Question Answer Quote the one sentence of this text that answers question user"
+WORDS = (
+    "pad eos bos . : ? a b c d e f g h Question Answer Quote the one sentence of this text that answers question user"
+)
 CONTEXT = "a b c. d e f g. The h a b. c c d?"
 HEADS = {0: [1, 2], 1: [0]}
 
 
 @pytest.fixture
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Begins texts with a token of its own, as most do; the chat template brings it along."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS.split())}, unk_token="pad"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="bos $A", special_tokens=[("bos", 2)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="pad",
         eos_token="eos",
+        bos_token="bos",
         unk_token="pad",
-        chat_template="{% for m in messages %}user : {{ m.content }} {% endfor %}"
+        chat_template="{{ bos_token }} {% for m in messages %}user : {{ m.content }} {% endfor %}"
         "{% if add_generation_prompt %}Answer :{% endif %}",
     )
 
@@ -85,7 +90,9 @@ def test_the_answer_is_that_of_the_steered_original_prompt(model, tokenizer, cha
     prompt = f"{CONTEXT}\n\nQuestion: d ?\nAnswer:"
     if chat:
         prompt = f"user : {prompt} Answer :"
+    # One token at the beginning, and not a second one behind that of the template.
     ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    assert ids["input_ids"][0].tolist().count(2) == 1 and ids["input_ids"][0, 0] == 2
     assert out.span == span_to_tokens(tokenizer, prompt, "The h a b.")
     plain = model.generate(**ids, max_new_tokens=6, num_beams=2)
     with steer_attention(model, [out.span], HEADS):
@@ -105,11 +112,37 @@ def test_the_quote_is_greedy_and_unsteered(model, tokenizer):
     greedy = model.generate(**ids, max_new_tokens=5, do_sample=False)
     assert out.quote == tokenizer.decode(greedy[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert out.sentence == "d e f g." and len(out.sequences.sequences) == 2
+    model.generation_config.num_beams = 4
+    beams = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    assert not torch.equal(beams, greedy), "the test would not see a quote by beam search"
+    again = autopasta_generate(
+        model, tokenizer, CONTEXT, "d", HEADS, quote_template="{context} Quote {question}:", quote_tokens=5,
+        encoder=by_letter("f"), max_new_tokens=3,
+    )  # fmt: skip
+    assert again.quote == out.quote
+
+
+def test_the_prompt_length_does_not_rest_on_the_loop_of_generate(model, tokenizer, monkeypatch):
+    """A model may bring a `generate` of its own, here one that reads everything again for each token."""
+    plain = type(model).generate
+
+    def reread(self, input_ids, attention_mask, max_new_tokens, **kwargs):
+        for _ in range(max_new_tokens):
+            best = self(input_ids, use_cache=False).logits[:, -1:].argmax(-1)
+            input_ids = torch.cat([input_ids, best], 1)
+        return input_ids
+
+    ask = dict(context=CONTEXT, question="d", heads=HEADS, encoder=by_letter("f"), quote_tokens=8, max_new_tokens=4)
+    expected = autopasta_generate(model, tokenizer, **ask)
+    monkeypatch.setattr(type(model), "generate", reread)
+    assert torch.equal(autopasta_generate(model, tokenizer, **ask).sequences, expected.sequences)
+    monkeypatch.undo()
+    assert type(model).generate is plain
 
 
 def test_the_models_own_states_find_a_sentence_quoted_word_for_word(model, tokenizer, monkeypatch):
     quote = "c c d?"
-    wanted = tokenizer(quote, return_tensors="pt")["input_ids"]
+    wanted = tokenizer(quote, add_special_tokens=False, return_tensors="pt")["input_ids"]
     generate, calls = type(model).generate, []
 
     def quoting(self, input_ids, **kwargs):

@@ -1,34 +1,40 @@
 """Context-aware decoding: its definition recomputed without any cache, in every mode of `generate`."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers import LogitsProcessor
 
-from hfext.decoding.cad import ContextAwareLogitsProcessor, cad_scores, find_parents, generate_cad
+from hfext.decoding._cad_stream import find_parents
+from hfext.decoding.cad import ContextAwareLogitsProcessor, cad_scores, generate_cad
+from hfext.decoding.pasta import steer_attention
 from hfext.experiments import context_conflict
 
 PAD = 0
 
 
 class BruteForce(LogitsProcessor):
-    """p(y|c,x)^(1+alpha) / p(y|x)^alpha, each row alone, unpadded, without a cache and in float64."""
+    """p(y|c,x)^(1+alpha) / p(y|x)^alpha, each prompt alone, unpadded, without a cache and in float64."""
 
     def __init__(self, model, null_prompts, alpha, prompt_length):
         self.model, self.null_prompts, self.alpha, self.prompt_length = model, null_prompts, alpha, prompt_length
 
+    @torch.no_grad()
     def __call__(self, input_ids, scores):
-        per_prompt = len(input_ids) // len(self.null_prompts)
         out = []
-        for i, (row, score) in enumerate(zip(input_ids, scores, strict=True)):
-            null = torch.tensor([self.null_prompts[i // per_prompt]])
+        parts = (x.chunk(len(self.null_prompts)) for x in (input_ids, scores))
+        for prompt, rows, score in zip(self.null_prompts, *parts, strict=True):
+            null = torch.tensor([prompt] * len(rows))
             if self.model.config.is_encoder_decoder:
-                logits = self.model(input_ids=null, decoder_input_ids=row[None], use_cache=False).logits
+                logits = self.model(input_ids=null, decoder_input_ids=rows, use_cache=False).logits
             else:
-                logits = self.model(torch.cat([null, row[None, self.prompt_length :]], 1), use_cache=False).logits
-            weight = score.double().softmax(-1) ** (1 + self.alpha) / logits[0, -1].double().softmax(-1) ** self.alpha
-            out.append((weight / weight.sum()).log().to(score.dtype))
-        return torch.stack(out)
+                logits = self.model(torch.cat([null, rows[:, self.prompt_length :]], 1), use_cache=False).logits
+            weight = score.double().softmax(-1) ** (1 + self.alpha) / logits[:, -1].double().softmax(-1) ** self.alpha
+            out.append((weight / weight.sum(-1, keepdim=True)).log().to(score.dtype))
+        return torch.cat(out)
 
 
 def padded(rows, side="left"):
@@ -61,8 +67,8 @@ def build(tiny_llama, tiny_gpt2, tiny_t5):
     return make
 
 
-def both(model, rows=2, alpha=1.0, seed=0, **kwargs):
-    """What ours and the brute force generate from the first `rows` prompts."""
+def both(model, rows=2, alpha=1.0, seed=0, brute=True, **kwargs):
+    """What ours and the brute force, unless it is not asked for, generate from the first `rows` prompts."""
     side = "right" if model.config.is_encoder_decoder else "left"
     ids, mask = padded(GIVEN[:rows], side)
     null, null_mask = padded(NULL[:rows], side)
@@ -70,11 +76,11 @@ def both(model, rows=2, alpha=1.0, seed=0, **kwargs):
     for processor in (
         ContextAwareLogitsProcessor(model, null, null_mask, alpha=alpha),
         BruteForce(model, NULL[:rows], alpha, ids.shape[1]),
-    ):
+    )[: 1 + brute]:
         torch.manual_seed(seed)
         options = {"max_new_tokens": 6, "output_scores": True, "return_dict_in_generate": True, "pad_token_id": PAD}
         out.append(model.generate(ids, attention_mask=mask, logits_processor=[processor], **options | kwargs))
-    return out
+    return out if brute else out[0]
 
 
 def assert_same(ours, expected, atol=2e-4):
@@ -97,7 +103,7 @@ def test_every_mode_equals_the_definition_for_unequal_padded_prompts(build, name
     model = build(name)
     ours, expected = both(model, **MODES[mode])
     assert_same(ours, expected)
-    plain, _ = both(model, alpha=0.0, **MODES[mode])
+    plain = both(model, alpha=0.0, brute=False, **MODES[mode])
     assert not torch.equal(plain.sequences, ours.sequences), "the test would not see a processor that does nothing"
 
 
@@ -113,7 +119,7 @@ def test_beams_reorder_and_drop_rows(build, name):
 
 def test_beam_scores_add_up_the_log_probabilities_of_the_definition(build):
     model = build("llama")
-    ours, _ = both(model, rows=1, num_beams=3, length_penalty=0.0)
+    ours = both(model, rows=1, num_beams=3, length_penalty=0.0, brute=False)
     prompt = len(GIVEN[0])
     total = 0.0
     for i in range(prompt, ours.sequences.shape[1]):
@@ -126,7 +132,7 @@ def test_beam_scores_add_up_the_log_probabilities_of_the_definition(build):
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_transformers_guidance_is_the_same_for_one_greedy_row(build, alpha):
     model = build("llama")
-    ours, _ = both(model, rows=1, alpha=alpha, max_new_tokens=10)
+    ours = both(model, rows=1, alpha=alpha, max_new_tokens=10, brute=False)
     cfg = model.generate(
         torch.tensor(GIVEN[:1]),
         guidance_scale=1 + alpha,
@@ -194,15 +200,22 @@ def test_a_step_costs_two_forwards_and_the_second_sees_one_token(build, name, op
 
 def test_assisted_decoding_gives_the_greedy_tokens_whatever_the_assistant(build, tiny_llama):
     model = build("llama")
-    plain, expected = both(model, rows=1, max_new_tokens=12)
+    plain, expected = both(model, rows=1, max_new_tokens=8)
     assert_same(plain, expected)
     for assistant in (build("llama"), tiny_llama(seed=3, num_hidden_layers=1)):
         assistant.generation_config.eos_token_id = None
-        ours, expected = both(model, rows=1, max_new_tokens=12, assistant_model=assistant)
-        assert torch.equal(ours.sequences, plain.sequences)
-        assert_same(ours, expected)
-    looked_up, _ = both(model, rows=1, max_new_tokens=12, prompt_lookup_num_tokens=3)
-    assert torch.equal(looked_up.sequences, plain.sequences)
+        assert_same(both(model, rows=1, max_new_tokens=8, assistant_model=assistant, brute=False), expected)
+    assert_same(both(model, rows=1, max_new_tokens=8, prompt_lookup_num_tokens=3, brute=False), expected)
+
+
+def test_drafts_by_early_exit_of_the_same_model_have_a_cache_of_their_own(tiny_llama):
+    model = tiny_llama(num_hidden_layers=3, eos_token_id=None)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(5.0)
+    _, expected = both(model, rows=1, max_new_tokens=8)
+    assert_same(both(model, rows=1, max_new_tokens=8, assistant_early_exit=1, brute=False), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -226,6 +239,14 @@ def test_scores_are_a_function_of_the_prefix_whatever_was_asked_before(build, na
     ask(longer(beams[[1, 2, 0, 4, 4, 4]], 4))
     ask(beams[[0, 0, 1, 4, 3, 5]][:, :-1])
     ask(beams)
+    ask(ids.repeat_interleave(3, 0))
+    path = longer(ids.repeat_interleave(3, 0), 4)
+    for length in (8, 9, 10, 11):
+        ask(path[:, :length])
+    # Texts that were asked about go on elsewhere, as after a rejected draft.
+    ask(longer(path[[2, 0, 1, 3, 3, 5]][:, :9], 1))
+    ask(path[:, :10])
+    ask(longer(path[[1, 1, 0, 4, 5, 3]][:, :8], 1))
     ask(longer(ids, 3))
     ask(ids)
     ask(beams[[1, 4]])
@@ -242,9 +263,109 @@ def test_the_object_serves_another_generate(build):
         assert torch.equal(model.generate(ids, logits_processor=[processor], **run), expected)
 
 
+def from_prompt(model, processor, prompt, steps=5, **kwargs):
+    """Tokens and scores that `generate` gives for one prompt."""
+    run = dict(do_sample=False, output_scores=True, return_dict_in_generate=True, pad_token_id=PAD)
+    ids = torch.tensor([prompt])
+    return model.generate(ids, logits_processor=[processor], max_new_tokens=steps, **run | kwargs)
+
+
+def test_a_prompt_that_begins_with_an_earlier_prompt_is_a_new_one(build):
+    """Two turns of a conversation: the second prompt holds the first, its answer and more."""
+    model = build("llama")
+    processor = ContextAwareLogitsProcessor(model, torch.tensor(NULL[:1]), alpha=1.0)
+    first = from_prompt(model, processor, GIVEN[0], steps=3).sequences[0].tolist()
+    for prompt in (GIVEN[0] + [9, 8, 7, 33], first + [9, 8], GIVEN[0] + [9, 8]):
+        ours = from_prompt(model, processor, prompt)
+        assert_same(ours, from_prompt(model, BruteForce(model, NULL[:1], 1.0, len(prompt)), prompt))
+
+
+def test_prompts_in_another_order_are_new_ones(build):
+    model = build("llama")
+    processor = ContextAwareLogitsProcessor(model, *padded(NULL), alpha=1.0)
+    ids, scores = padded(GIVEN)[0], torch.randn(2, 128)
+    processor(ids, scores)
+    swapped = torch.cat([ids.flip(0), torch.tensor([[9], [8]])], 1)
+    expected = BruteForce(model, NULL, 1.0, 8)(swapped, scores)
+    torch.testing.assert_close(processor(swapped, scores), expected, rtol=1e-4, atol=2e-4)
+
+
+def test_what_counts_as_a_continuation_is_undone_by_reset(build):
+    model = build("llama")
+    processor = ContextAwareLogitsProcessor(model, torch.tensor(NULL[:1]), alpha=1.0)
+    longer = from_prompt(model, processor, GIVEN[0], steps=3).sequences[0].tolist()
+    as_continued = from_prompt(model, BruteForce(model, NULL[:1], 1.0, len(GIVEN[0])), longer)
+    assert_same(from_prompt(model, processor, longer), as_continued)
+    processor.reset()
+    as_new = from_prompt(model, BruteForce(model, NULL[:1], 1.0, len(longer)), longer)
+    assert_same(from_prompt(model, processor, longer), as_new)
+
+
+@pytest.mark.parametrize("name, start", [("t5", [0]), ("t5", [0, 9, 8]), ("llama", None)])
+def test_another_generate_sees_weights_that_have_changed(build, name, start):
+    model = build(name)
+    options = {} if start is None else {"decoder_input_ids": torch.tensor([start])}
+    processor = ContextAwareLogitsProcessor(model, torch.tensor(NULL[1:]), alpha=1.0)
+    from_prompt(model, processor, GIVEN[0], **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    ours = from_prompt(model, processor, GIVEN[0], **options)
+    assert_same(ours, from_prompt(model, BruteForce(model, NULL[1:], 1.0, len(GIVEN[0])), GIVEN[0], **options))
+
+
+def test_the_caller_may_write_into_its_ids_afterwards(build):
+    model = build("llama")
+    processor = ContextAwareLogitsProcessor(model, torch.tensor(NULL[:1]), alpha=1.0)
+    ids, scores = torch.tensor([GIVEN[0] + [4]]), torch.randn(1, 128)
+    other = torch.tensor([GIVEN[0] + [9]])
+    for asked in (ids[:, :7], other, ids):
+        processor(asked, scores)
+    ids.copy_(other)
+    longer = torch.cat([other, other[:, :1]], 1)
+    expected = BruteForce(model, NULL[:1], 1.0, 7)(longer, scores)
+    torch.testing.assert_close(processor(longer, scores), expected, rtol=1e-4, atol=2e-4)
+
+
+def test_of_a_failed_forward_nothing_remains(build):
+    model = build("llama")
+    ids = torch.tensor([GIVEN[0] + [4, 5]])
+    processor = ContextAwareLogitsProcessor(model, torch.tensor(NULL[:1]), alpha=1.0)
+    scores = torch.randn(1, 128)
+    for length in (7, 8):
+        processor(ids[:, :length], scores)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    # The first layer has written its keys by then.
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        processor(ids, scores)
+    hook.remove()
+    expected = BruteForce(model, NULL[:1], 1.0, 7)(ids, scores)
+    torch.testing.assert_close(processor(ids, scores), expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+def test_an_attention_steering_leaves_the_second_stream_alone(build, options):
+    """Spans belong to the prompt with the context."""
+    model = build("llama")
+    unsteered = copy.deepcopy(model)
+    ours, expected = (
+        lambda m: ContextAwareLogitsProcessor(m, torch.tensor(NULL[:1]), alpha=1.0),
+        lambda m: BruteForce(unsteered, NULL[:1], 1.0, len(GIVEN[0])),
+    )
+    with steer_attention(model, [(2, 4)], {0: [0, 1], 1: [2]}, 0.01):
+        steered = from_prompt(model, ours(model), GIVEN[0], **options)
+        assert_same(steered, from_prompt(model, expected(model), GIVEN[0], **options))
+    plain = from_prompt(model, ours(model), GIVEN[0], **options)
+    assert (steered.scores[0] - plain.scores[0]).abs().max() > 1e-2
+
+
 def test_a_batch_gives_what_its_rows_give_alone(build):
     model = build("gpt2")
-    batch, _ = both(model, num_beams=3)
+    batch = both(model, num_beams=3, brute=False)
     for i in range(2):
         null = torch.tensor([NULL[i]])
         alone = model.generate(
@@ -290,8 +411,11 @@ def test_sliding_windows_and_rows_without_a_cache_are_recomputed(build):
     ids = torch.tensor(GIVEN[:1])
     processor = ContextAwareLogitsProcessor(gemma, torch.tensor(NULL[:1]), alpha=1.0, prompt_length=7)
     brute = BruteForce(gemma, NULL[:1], 1.0, 7)
-    for length in (0, 8, 5):
-        rows, scores = torch.cat([ids, torch.arange(20, 20 + length)[None]], 1), torch.randn(1, 128)
+    text = torch.cat([ids, torch.arange(20, 28)[None]], 1)
+    # Step by step beyond the window, then back to a text that was asked about, and once more with another token.
+    for length in (*range(7, 16), 12, 13, 10):
+        rows, scores = text[:, :length].clone(), torch.randn(1, 128)
+        rows[0, -1] += length == 10
         torch.testing.assert_close(processor(rows, scores), brute(rows, scores), rtol=1e-4, atol=2e-4)
 
 
@@ -303,6 +427,55 @@ def test_adapters_take_part_in_both_streams(build):
     )
     ours, expected = both(model, num_beams=2)
     assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_adapters_with_virtual_tokens_are_refused(build, kind):
+    import peft
+
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(NotImplementedError, match="adapters, whose virtual tokens .* use LoRA"):
+        ContextAwareLogitsProcessor(peft.get_peft_model(build("gpt2"), config), torch.tensor(NULL[:1]))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_length": 7}])
+def test_rows_without_context_are_not_shared_among_prompts_silently(build, options):
+    model, options = build("llama"), dict(options)
+    length = {"prompt_length": options.pop("prompt_length", None)}
+    for prompts, null in ((GIVEN, NULL[:1]), (GIVEN + [[100, 101, 4], GIVEN[0]], NULL)):
+        ids, mask = padded(prompts)
+        run = dict(attention_mask=mask, max_new_tokens=4, pad_token_id=PAD, **options)
+        processor = ContextAwareLogitsProcessor(model, *padded(null), **length)
+        message = f"no_context_ids has {len(null)} rows .* at least {len(prompts)}: repeat the row"
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, logits_processor=[processor], **run)
+        repeated = [row for row in null for _ in range(len(prompts) // len(null))]
+        ours = ContextAwareLogitsProcessor(model, *padded(repeated), alpha=1.0, **length)
+        brute = BruteForce(model, repeated, 1.0, ids.shape[1])
+        out = [model.generate(ids, logits_processor=[processor], **run) for processor in (ours, brute)]
+        assert torch.equal(*out)
+
+
+def test_a_row_that_continues_nothing_beside_rows_that_do_is_named(build):
+    processor = ContextAwareLogitsProcessor(build("llama"), *padded(NULL))
+    ids, scores = padded(GIVEN)[0], torch.zeros(2, 128)
+    processor(ids, scores)
+    more = torch.cat([ids, ids[:, :1]], 1)
+    more[1, 3] = 9
+    with pytest.raises(ValueError, match=r"row 1 continues no prompt .* reset\(\)"):
+        processor(more, scores)
+    other = torch.cat([ids[:1], more[1:, :-1]])
+    processor(other, scores)
+    processor.reset()
+    processor(more, scores)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(build):
+    model, null = build("llama"), torch.tensor(NULL[:1])
+    for alpha in (np.float32(0.5), np.int64(1), torch.tensor(0.5)):
+        assert ContextAwareLogitsProcessor(model, null, alpha=alpha).alpha == float(alpha)
+    with pytest.raises(TypeError, match="alpha"):
+        ContextAwareLogitsProcessor(model, null, alpha=torch.tensor([0.5, 1.0]))
 
 
 def test_the_model_is_left_as_it_was(build):

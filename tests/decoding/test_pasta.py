@@ -4,11 +4,13 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from hfext.decoding._active_steering import ACTIVE, prompt_columns, steerings_of, suspended
 from hfext.decoding.pasta import (
     attention_modules,
     load_heads,
@@ -16,6 +18,7 @@ from hfext.decoding.pasta import (
     save_heads,
     span_to_tokens,
     steer_attention,
+    steered_mask,
     steering_rows,
 )
 from hfext.experiments import attention_steering
@@ -40,6 +43,16 @@ def mistral(**fields):
     return transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL, sliding_window=5, **fields)).eval()
 
 
+def neox(**fields):
+    torch.manual_seed(0)
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, **fields)).eval()
+
+
+def falcon(**fields):
+    torch.manual_seed(0)
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**SMALL, alibi=False, **fields)).eval()
+
+
 SMALL = dict(
     vocab_size=128,
     hidden_size=32,
@@ -57,6 +70,7 @@ SMALL = dict(
 def build(tiny_llama, tiny_gpt2):
     """Weights large enough that attention is far from uniform."""
     makers = {"llama": tiny_llama, "gpt2": tiny_gpt2, "qwen2": qwen2, "gemma2": gemma2, "mistral": mistral}
+    makers |= {"neox": neox, "falcon": falcon}
 
     def make(name, attention=None):
         model = makers[name]() if attention is None else makers[name](attn_implementation=attention)
@@ -153,9 +167,11 @@ def test_removal_restores_bitwise(build, name):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize(
-    "name, attention", [(n, "eager") for n in NAMES] + [(n, "sdpa") for n in ("llama", "mistral")]
+    "name, attention, cache",
+    [(n, "eager", cache) for n in NAMES for cache in (None, "static")]
+    + [(n, "sdpa", cache) for n in ("llama", "mistral") for cache in (None, "static")]
+    + [(n, attention, None) for n in ("neox", "falcon") for attention in ("eager", "sdpa")],
 )
 def test_prefill_and_cached_steps_equal_one_full_forward(build, name, attention, cache):
     """Generated positions keep their weight; windows shorter than the prompt roll keys out of the cache."""
@@ -189,9 +205,139 @@ def test_steering_may_begin_after_the_prompt_when_its_length_is_given(build):
     chunked = model.generate(IDS, max_new_tokens=4, do_sample=False)
     with steer_attention(model, [(2, 4)], HEADS):
         whole = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    assert not torch.equal(chunked, whole)
     with steer_attention(model, [(2, 4)], HEADS, prompt_length=8):
         chunked = model.generate(IDS, max_new_tokens=4, do_sample=False, prefill_chunk_size=3)
     assert torch.equal(chunked, whole)
+
+
+def generated(model, ids=IDS, **options):
+    run = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(ids, **run | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 4},
+        {"assistant_model": None},
+        {"assistant_early_exit": 1},
+        {"prefill_chunk_size": 3},
+        {"use_cache": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_generate_says_how_long_the_prompt_is_in_every_mode(build, tiny_llama, options):
+    """The first forward is the prompt with drafted tokens, a part of it, or only one of many that hold it all."""
+    model, ids = build("llama"), torch.cat([IDS, IDS[:, :2]], 1)
+    if "assistant_model" in options:
+        options = {"assistant_model": tiny_llama(seed=3, eos_token_id=None)}
+    widths = []
+    model.register_forward_pre_hook(lambda m, args, kw: widths.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    with steer_attention(model, [(2, 4)], HEADS, 0.02, prompt_length=10):
+        expected = generated(model, ids)
+    assert widths == [10] + [1] * 7
+    with steer_attention(model, [(2, 4)], HEADS, 0.02) as handle:
+        out = generated(model, ids, **options)
+        assert handle.prompt_length == 10 and widths[8:15] != [10] + [1] * 6, "the mode reads the prompt as plain does"
+        out = [out, generated(model, ids, **options)]
+    for found in out:
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-3, atol=1e-3)
+
+
+def test_a_cache_of_earlier_turns_belongs_to_the_prompt_of_generate(build):
+    model = build("llama")
+    with steer_attention(model, [(2, 4)], HEADS, 0.02, prompt_length=8):
+        past = model(IDS[:, :5]).past_key_values
+    with steer_attention(model, [(2, 4)], HEADS, 0.02) as handle:
+        out = generated(model, past_key_values=past)
+        assert handle.prompt_length == 8
+        assert torch.equal(out.sequences, generated(model).sequences)
+        embedded = model.generate(inputs_embeds=model.get_input_embeddings()(IDS), max_new_tokens=8, do_sample=False)
+    assert torch.equal(embedded, out.sequences[:, 8:])
+
+
+def test_columns_of_the_prompt_are_read_from_the_arguments():
+    assert prompt_columns(IDS, None, do_sample=True) == 8 and prompt_columns(input_ids=IDS) == 8
+    assert prompt_columns(IDS[:, :0], inputs_embeds=torch.zeros(1, 6, 32)) == 6
+    assert prompt_columns(max_new_tokens=3) == 1 and prompt_columns("text") is None
+
+
+def test_a_handle_serves_one_prompt(build):
+    model, longer = build("llama"), torch.cat([IDS, IDS[:, :5]], 1)
+    with steer_attention(model, [(2, 4)], HEADS):
+        model(IDS)
+        for ids in (longer, IDS[:, :5]):
+            message = f"of a prompt of 8 tokens but the model reads one of {ids.shape[1]}"
+            with pytest.raises(ValueError, match=message):
+                model(ids)
+            with pytest.raises(ValueError, match=message):
+                model.generate(ids, max_new_tokens=2)
+        model.generate(IDS + 1, max_new_tokens=2)
+    with steer_attention(model, [(2, 4)], HEADS, prompt_length=8):
+        expected = model(longer).logits
+    with steer_attention(model, [(2, 4)], HEADS, prompt_length=8):
+        model(IDS)
+        assert torch.equal(model(longer).logits, expected)
+
+
+def test_a_handle_is_known_to_its_model_alone_while_it_is_active(build):
+    model, other = build("llama"), build("llama")
+    plain = model(IDS).logits
+    with steer_attention(model, [(2, 4)], HEADS) as handle:
+        assert steerings_of(model) == [handle] == steerings_of(model.model) and steerings_of(other) == []
+        steered = model(IDS).logits
+        with suspended(model), suspended(model.model), suspended(other):
+            assert torch.equal(model(IDS).logits, plain)
+        assert torch.equal(model(IDS).logits, steered)
+        other.generate(IDS[:, :3], max_new_tokens=2)
+        with pytest.raises(TypeError):
+            model.generate(IDS, max_new_tokens="two")
+        with pytest.raises(ValueError, match="a prompt of 8 tokens"):
+            model(IDS[:, :3])
+    assert steerings_of(model) == [] and handle not in ACTIVE
+
+
+class PastAttention(nn.Module):
+    """Attention of a model with a cache of its own kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_idx = 0
+
+    def forward(self, hidden_states, attention_mask=None, layer_past=None):
+        return hidden_states
+
+
+def test_past_tokens_outside_of_a_cache_are_refused():
+    model = nn.Sequential(PastAttention())
+    model.config = transformers.LlamaConfig(**SMALL, attn_implementation="sdpa")
+    hidden, pairs = torch.zeros(1, 1, 32), (torch.zeros(1, 4, 8, 8),) * 2
+    with steer_attention(model, [(2, 4)], {0: [1]}, prompt_length=8):
+        for past in ({"layer_past": pairs}, {"attention_mask": torch.zeros(1, 1, 1, 9)}):
+            with pytest.raises(NotImplementedError, match="Layer 0, a PastAttention, attends to past tokens"):
+                model[0](hidden, **past)
+        assert model[0](hidden.expand(1, 8, 32)).shape == (1, 8, 32)
+
+
+def test_a_mask_stays_finite_in_float16(build):
+    """-65504 + log(1e-20) would be -inf, and a row of padding with nothing else NaN."""
+    bias = steering_rows([[(1, 2)]], 3, 1e-20).half()
+    mask = torch.full((1, 1, 3, 3), torch.finfo(torch.float16).min, dtype=torch.float16)
+    for given in (mask, torch.zeros(1, 1, 3, 3, dtype=torch.bool)):
+        assert steered_mask(given, bias, [0], 2).isfinite().all()
+    model = build("llama", "eager").half()
+    with steer_attention(model, [(3, 4)], HEADS, 1e-20):
+        logits = model(IDS, attention_mask=torch.tensor([[0, 0] + [1] * 6])).logits
+    assert logits.isfinite().all()
+
+
+def test_cross_attention_is_not_steered(tiny_gpt2):
+    model = tiny_gpt2(add_cross_attention=True)
+    found = attention_modules(model)
+    assert found == {i: block.attn for i, block in enumerate(model.transformer.h)}
+    assert all(block.crossattention.layer_idx == i for i, block in enumerate(model.transformer.h))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -264,6 +410,24 @@ def test_heads_go_through_json(build, tmp_path):
         steered = model(IDS).logits
     with steer_attention(model, [(2, 4)], HEADS):
         assert torch.equal(model(IDS).logits, steered)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(build, tmp_path):
+    model = build("llama")
+    with steer_attention(model, [(2, 4), (5, 6)], {0: [1, 2]}, 0.5):
+        expected = model(IDS).logits
+    heads = {np.int64(0): np.array([1, 2])}
+    spans = np.array([[2, 4], [5, 6]])
+    for given, alpha in (
+        (spans, np.float32(0.5)),
+        (torch.tensor(spans), torch.tensor(0.5)),
+        ([tuple(span) for span in spans], np.float64(0.5)),
+        (spans[None], 0.5),
+    ):
+        with steer_attention(model, given, heads, alpha):
+            assert torch.equal(model(IDS).logits, expected)
+    save_heads(heads, tmp_path / "heads.json")
+    assert load_heads(tmp_path / "heads.json") == {0: [1, 2]}
 
 
 @pytest.fixture
@@ -340,12 +504,32 @@ def test_bad_input_is_named(build, tiny_t5):
         with pytest.raises(ValueError, match="a prompt of 8 tokens but the model reads one of 5"):
             model(IDS[:, :5])
     assert not any(m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(TypeError, match="row 0"):
+        steer(np.array([[0.5, 2.0]]))
     with pytest.raises(NotImplementedError, match="Encoder-decoder"):
         steer_attention(tiny_t5(), [(0, 1)], {0: [0]})
     for name in ("flash_attention_2", "flex_attention"):
         model.config._attn_implementation = name
         with pytest.raises(NotImplementedError, match=f"'{name}' takes no additive mask.*'sdpa' or 'eager'"):
             steer()
+
+
+def test_adapters_with_virtual_tokens_are_refused(build):
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(NotImplementedError, match="steering does not work with PROMPT_TUNING adapters"):
+        steer_attention(peft.get_peft_model(build("gpt2"), config), [(0, 1)], {0: [0]})
+
+
+def test_generate_of_an_adapted_model_says_how_long_the_prompt_is(build):
+    import peft
+
+    config = peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build("llama"), config)
+    with steer_attention(model, [(2, 4)], HEADS) as handle:
+        model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=3)
+    assert handle.prompt_length == 8
 
 
 def test_a_model_without_known_attention_is_refused(build):

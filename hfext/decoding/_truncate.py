@@ -56,7 +56,7 @@ def largest_first(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if 2 * size * BLOCK > vocab:
         return logits.topk(size)
     blocks = vocab // BLOCK
-    body, tail = logits[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)), logits[:, blocks * BLOCK :]
+    body, tail = logits[:, : blocks * BLOCK].view(batch, blocks, BLOCK), logits[:, blocks * BLOCK :]
     chosen = body.amax(dim=-1).topk(size, sorted=False).indices[:, :, None]
     values = body.gather(1, chosen.expand(-1, -1, BLOCK)).flatten(1)
     tokens = (chosen * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
@@ -79,16 +79,20 @@ def keep_first(
         count: `[batch]`, at least 1; where it is k or more, ties beyond the k-th are not looked at.
     """
     kept = torch.arange(order.shape[1], device=order.device) < count[:, None]
-    values = scores.gather(1, order).masked_fill_(~kept, filter_value)
+    values = torch.where(kept, scores.gather(1, order), filter_value)
     out = torch.full_like(scores, filter_value, memory_format=torch.contiguous_format).scatter_(1, order, values)
+    if order.shape[1] < 2:
+        return out
     # The order of equal scores is arbitrary; it matters only where the cut goes through them.
-    last = top.gather(1, (count[:, None] - 1).clamp(max=order.shape[1] - 1))
-    tied = (last == top.gather(1, count[:, None].clamp(max=order.shape[1] - 1))) & (count[:, None] < order.shape[1])
+    cut = count[:, None] - 1
+    tied = (top[:, 1:] == top[:, :-1]).gather(1, cut.clamp(max=order.shape[1] - 2))
     if captured(scores):
+        last = top.gather(1, cut.clamp(max=order.shape[1] - 1))
         return torch.where(tied, _cut_ties(scores, logits, last, count, filter_value), out)
     if tied.any():
         rows = tied.nonzero()[:, 0]
-        out[rows] = _cut_ties(scores[rows], logits[rows], last[rows], count[rows], filter_value)
+        last = top[rows].gather(1, cut[rows].clamp(max=order.shape[1] - 1))
+        out[rows] = _cut_ties(scores[rows], logits[rows], last, count[rows], filter_value)
     return out
 
 

@@ -62,9 +62,8 @@ def prefix_entropies(logits: Tensor) -> Tensor:
 
 
 def length_within(values: Tensor, bound: Tensor, logits: Tensor) -> Tensor:
-    """How many leading `values` `[batch, k]` are at most `bound` `[batch]` and of no negligible token; at least 1."""
-    fits = (values <= bound[:, None]) & (logits > NEGLIGIBLE)
-    return fits.cumprod(dim=-1).sum(dim=-1).clamp(min=1)
+    """How many of the rising `values` `[batch, k]` are at most `bound` `[batch]`, and no negligible token; at least 1."""
+    return ((values <= bound[:, None]) & (logits > NEGLIGIBLE)).sum(dim=-1).clamp_(min=1)
 
 
 def partial_sums(logits: Tensor, log_normaliser: Tensor) -> Tensor:
@@ -179,7 +178,7 @@ class TopHLogitsProcessor(LogitsProcessor):
         size, vocab = order.shape[1], scores.shape[-1]
         count = self._limited(length_within(prefix_entropies(top), bound, top))
         out = keep_first(scores, logits, top, order, count, self.filter_value)
-        if size < vocab and (count >= size).any():
+        if size < vocab and int(count.max()) >= size:
             rows = (count >= size).nonzero()[:, 0]
             more = max(WIDEN * size, int(1.5 * bound.max().exp()))
             scores, logits, bound = scores[rows], logits[rows], bound[rows]

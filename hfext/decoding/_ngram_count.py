@@ -7,6 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+# What a table holds. Alignment in its file decides the order: 8-byte types first.
+TABLE_FIELDS = {
+    "hashes": np.dtype(np.uint64),
+    "offsets": np.dtype(np.int64),
+    "contexts": np.dtype(np.int32),
+    "next_ids": np.dtype(np.int32),
+    "counts": np.dtype(np.uint32),
+    "totals": np.dtype(np.uint32),
+}
 # Positions sorted at once while counting; the local index takes the low bits of the sort key.
 _BLOCK_BITS = 24
 
@@ -109,3 +118,13 @@ def _table(
         "counts": counts.astype(np.uint32),
         "totals": totals[kept].astype(np.uint32),
     }
+
+
+def joined(blocks: list[dict[str, np.ndarray]], n: int) -> dict[str, np.ndarray]:
+    """Blocks of one order as one table; an empty one where there are none."""
+    if not blocks:
+        empty = {name: np.zeros(0, dtype) for name, dtype in TABLE_FIELDS.items()}
+        return {**empty, "offsets": np.zeros(1, np.int64), "contexts": np.zeros((0, n - 1), np.int32)}
+    table = {name: np.concatenate([block[name] for block in blocks]) for name in TABLE_FIELDS if name != "offsets"}
+    table["offsets"] = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(b["offsets"]) for b in blocks]))])
+    return table

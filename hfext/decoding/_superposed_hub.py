@@ -2,10 +2,21 @@
 
 import ast
 import os
+import re
 from importlib.resources import files
 from pathlib import Path
 
-_SOURCES = ("_ngram_count", "ngram_store", "_superposed_drafts", "_superposed_loop", "superposed")
+_SOURCES = (
+    "_adapters",
+    "_ngram_count",
+    "_ngram_files",
+    "ngram_store",
+    "_superposed_drafts",
+    "_superposed_loop",
+    "_superposed_ngrams",
+    "superposed",
+    "_superposed_entry",
+)
 
 _HEADER = '''"""Superposed decoding (arXiv 2405.18400) for `model.generate(..., custom_generate=...)`, in one file.
 
@@ -13,15 +24,9 @@ Made from the source of hfext by `hfext.decoding.export_superposed`: change it t
 """
 '''
 
-_ENTRY = '''
-
-def generate(model, **kwargs):
-    """What `generate` calls with all of its arguments and those of `superposed_generate`."""
-    return SuperposedGenerationMixin.generate_superposed(model, **kwargs)
-'''
-
 _README = """---
 library_name: transformers
+license: apache-2.0
 tags:
 - custom_generate
 - arxiv:2405.18400
@@ -46,8 +51,13 @@ print(tokenizer.batch_decode(drafts, skip_special_tokens=True))
 Drafts stand best first inside each prompt; `return_dict_in_generate=True` returns their scores too. The method's
 quality comes from an n-gram store of text like the one wanted: `ngram_store="<folder>"`, made with
 `NGramStore.build(texts, tokenizer).save(folder)`, where `NGramStore` is in `custom_generate/generate.py` and in hfext.
-All options are in the docstring of `SuperposedConfig` there. `do_sample`, `num_beams`, `num_return_sequences`,
-`streamer` and `assistant_model` are refused.
+All options are in the docstring of `SuperposedConfig` there, where its `temperature` is here `superposed_temperature`:
+`temperature` belongs to sampling, and a pipeline passes one to every model. `do_sample`, `num_beams`,
+`num_return_sequences`, `streamer` and `assistant_model` are refused.
+
+With weights in this repository, `from_pretrained(..., trust_remote_code=True)` makes this the model's own `generate`,
+and `model.generate(..., custom_generate=None)` is that of transformers. Pipelines sample by default: give them
+`do_sample=False`. In your own code call `generate` of the file; the loop in it cannot see a streamer.
 
 Method: Shen et al., Superposed Decoding: Multiple Generations from a Single Autoregressive Inference Pass,
 arXiv 2405.18400.
@@ -73,7 +83,9 @@ def superposed_source() -> str:
         bodies.append("\n".join(body).strip("\n"))
     head = "\n".join([f"import {name}" for name in sorted(imports.pop(None, ()))])
     head += "".join(f"\nfrom {module} import {', '.join(sorted(imports[module]))}" for module in sorted(imports))
-    return f"{_HEADER}\n{head}\n\n" + "\n\n\n".join(bodies) + "\n" + _ENTRY
+    # The loop alone cannot refuse a streamer without the library's hook of `generate`: it is not public there.
+    bodies = [re.sub(r"\bsuperposed_generate\b", "_superposed_generate", body) for body in bodies]
+    return f"{_HEADER}\n{head}\n\n" + "\n\n\n".join(bodies) + "\n"
 
 
 def _stays_behind(node: ast.stmt) -> bool:

@@ -7,16 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._adapters import refuse_prompt_learning
+
 _CARRIED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+_REASONS = {
+    "do_sample": "the drafts are found without sampling: pass do_sample=False",
+    "num_beams": "the drafts are the beams: use num_drafts",
+    "num_return_sequences": "every prompt returns its drafts: use num_drafts",
+    "output_scores": "drafts share logits: read `sequences_scores` of the output",
+    "output_logits": "drafts share logits: score the returned drafts with the model",
+    "output_attentions": "superposed steps belong to no single draft",
+    "output_hidden_states": "superposed steps belong to no single draft",
+    "dola_layers": "drafts share the logits of the last layer",
+    "prompt_lookup_num_tokens": "a superposed step has no token to verify",
+    "prefill_chunk_size": "the prompt is read in one piece",
+}
 
 
 def refuse_arguments(streamer: Any = None, assistant_model: Any = None, **kwargs: Any) -> None:
     """What `generate` would keep from a callable. A refused streamer is ended, so that nobody waits for its text."""
     if streamer is not None:
+        if not callable(getattr(streamer, "end", None)):
+            raise TypeError(f"streamer is a {type(streamer).__name__}, without `end`; and no streamer can be used.")
         streamer.end()
         raise ValueError(
             "`streamer` cannot be used with superposed decoding: which draft is best is known only at the end. "
             "Leave it out, or stream greedy decoding."
+        )
+    if kwargs.get("num_return_sequences") not in (None, 1):
+        raise ValueError(
+            f"num_return_sequences is {kwargs['num_return_sequences']!r}, which superposed decoding does not support: "
+            f"{_REASONS['num_return_sequences']}."
         )
     if assistant_model is not None or kwargs.get("assistant_tokenizer") is not None:
         raise ValueError(
@@ -33,19 +54,8 @@ def refuse_arguments(streamer: Any = None, assistant_model: Any = None, **kwargs
 
 def refuse_config(generation_config: Any) -> None:
     """Modes of `generate` that have no meaning for superposed drafts."""
-    reasons = {
-        "do_sample": "the drafts are found without sampling: pass do_sample=False",
-        "num_beams": "the drafts are the beams: use num_drafts",
-        "num_return_sequences": "every prompt returns its drafts: use num_drafts",
-        "output_scores": "drafts share logits: read `sequences_scores` of the output",
-        "output_logits": "drafts share logits: score the returned drafts with the model",
-        "output_attentions": "superposed steps belong to no single draft",
-        "output_hidden_states": "superposed steps belong to no single draft",
-        "prompt_lookup_num_tokens": "a superposed step has no token to verify",
-        "prefill_chunk_size": "the prompt is read in one piece",
-    }
     given = generation_config.to_dict()
-    for name, reason in reasons.items():
+    for name, reason in _REASONS.items():
         value = given.get(name)
         if value not in (None, False) and not (name in ("num_beams", "num_return_sequences") and value == 1):
             raise ValueError(f"{name} is {value!r}, which superposed decoding does not support: {reason}.")
@@ -105,9 +115,13 @@ class Stream:
         return self._forward({"inputs_embeds": embeddings, **self._extended(1)})
 
     def replay(self, tokens: Tensor) -> Tensor:
-        """Forget what came since the prompt or the last replay, and read `tokens` [B, r] there; logits [B, V]."""
+        """Forget what came since the prompt or the last replay, and read `tokens` [B, r] there; logits [B, V].
+
+        In one call, or token by token where layers have a recurrent state: not all of them continue it with several.
+        """
         self.cache, self.mask, self.positions = self.base
-        logits = self._forward({"input_ids": tokens, **self._extended(tokens.shape[1])})
+        for some in tokens.split(tokens.shape[1] if _attention_alone(self.cache) else 1, dim=1):
+            logits = self._forward({"input_ids": some, **self._extended(some.shape[1])})
         self._remember()
         return logits
 
@@ -129,7 +143,9 @@ class Stream:
     def _forward(self, inputs: dict[str, Any]) -> Tensor:
         outputs = self.model(**inputs, return_dict=True)
         self.calls += 1
-        self.cache = outputs.past_key_values
+        self.cache = getattr(outputs, "past_key_values", None)
+        if self.cache is None:
+            raise ValueError(_no_cache(self.model))
         return outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.device)
 
 
@@ -143,8 +159,23 @@ def _copied(cache: Any) -> Any:
         ) from error
 
 
+def _attention_alone(cache: Any) -> bool:
+    layers = getattr(cache, "layers", None)
+    return bool(layers) and not any(hasattr(layer, "update_conv_state") for layer in layers)
+
+
+def _no_cache(model: Any) -> str:
+    return (
+        f"{type(model).__name__} has no key-value cache (`past_key_values`), which superposed decoding needs. "
+        "Use beam search."
+    )
+
+
 def _check_model(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     name = type(model).__name__
+    # An adapter that `generate` goes through owns the method that prepares its inputs.
+    for owner in (model, getattr(model.prepare_inputs_for_generation, "__self__", None)):
+        refuse_prompt_learning(owner, "superposed decoding")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model: superposed decoding is for decoder-only models.")
     if "inputs_embeds" not in inspect.signature(model.forward).parameters:
@@ -159,8 +190,12 @@ def _check_model(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) ->
     if not model_kwargs.get("use_cache", True):
         raise ValueError("use_cache is False, but superposed decoding needs a key-value cache: pass use_cache=True.")
     if model_kwargs.get("past_key_values") is None:
-        raise ValueError(f"{name} has no key-value cache (`past_key_values`), which superposed decoding needs.")
-    extra = [key for key, value in model_kwargs.items() if value is not None and key not in _CARRIED]
+        raise ValueError(_no_cache(model))
+    # `generate` gives models of text and images an empty record of images.
+    given = {
+        key for key, value in model_kwargs.items() if not (value is None or isinstance(value, dict) and not value)
+    }
+    extra = given - set(_CARRIED)
     if extra:
         raise ValueError(f"superposed decoding is for text alone and cannot carry {', '.join(sorted(extra))}.")
     mask = model_kwargs.get("attention_mask")

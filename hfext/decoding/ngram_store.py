@@ -11,54 +11,24 @@ The store of Superposed Decoding, arXiv 2405.18400, whose authors pickle a dicti
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ._ngram_count import context_hashes, count_ngrams
-
-STORE_FORMAT = 1
-STORE_MANIFEST = "ngram_store.json"
-# Alignment decides the order: 8-byte types first.
-_FIELDS = {
-    "hashes": np.dtype(np.uint64),
-    "offsets": np.dtype(np.int64),
-    "contexts": np.dtype(np.int32),
-    "next_ids": np.dtype(np.int32),
-    "counts": np.dtype(np.uint32),
-    "totals": np.dtype(np.uint32),
-}
-_CODES = {np.uint64: "U64", np.int64: "I64", np.int32: "I32", np.uint32: "U32"}
+from ._ngram_count import context_hashes, count_ngrams, joined
+from ._ngram_files import StoreInfo, check_orders, read_store, refuse_existing, write_store
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
     """SHA-256 of the pairs (token, id): two tokenizers with the same hash give every id the same meaning."""
     pairs = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     return hashlib.sha256(pairs.encode()).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreInfo:
-    """What a store was made from; `vocabulary` is `None` when it was built from ids without a tokenizer."""
-
-    vocab_size: int
-    vocabulary: str | None = None
-    tokenizer: str = ""
-    corpus: str = ""
-    num_tokens: int = 0
-    num_documents: int = 0
-    min_count: int = 1
 
 
 class NGramStore:
@@ -106,12 +76,18 @@ class NGramStore:
             folder (`str` or `Path`, *optional*): Write there order by order and return the memory-mapped store, for
                 a corpus whose tables do not fit in memory. The folder must not exist.
         """
-        orders = _check_orders(orders)
-        if not isinstance(min_count, int) or min_count < 1:
-            raise ValueError(f"min_count is {min_count!r} but must be an integer >= 1.")
+        orders = check_orders(orders)
+        if isinstance(dataset, str | bytes):
+            raise TypeError("dataset is one string, whose characters would be documents: pass [text].")
+        if isinstance(dataset, Mapping):
+            keys = ", ".join(map(repr, dataset))
+            raise TypeError(f"dataset is a mapping of {keys}: pass one split of it, as in dataset['train'].")
         if tokenizer is None and vocab_size is None:
             raise ValueError("NGramStore.build needs a tokenizer, or vocab_size when the documents are token ids.")
-        size = len(tokenizer) if vocab_size is None else vocab_size
+        min_count = _integer("min_count", min_count)
+        size = len(tokenizer) if vocab_size is None else _integer("vocab_size", vocab_size)
+        if folder is not None:
+            refuse_existing(Path(folder))
         tokens, starts = _collect(dataset, tokenizer, text_column, size)
         info = StoreInfo(
             vocab_size=size,
@@ -124,13 +100,13 @@ class NGramStore:
         )
         parts = ((n, count_ngrams(tokens, starts, n, min_count)) for n in orders)
         if folder is not None:
-            _write_folder(Path(folder), info, parts)
+            write_store(Path(folder), info, parts)
             return cls.load(folder, tokenizer, verify=False)
-        return cls({n: _join(list(blocks), n) for n, blocks in parts}, info)
+        return cls({n: joined(list(blocks), n) for n, blocks in parts}, info)
 
     def save(self, folder: str | Path) -> None:
         """Write the store; the folder appears whole or not at all and must not exist before."""
-        _write_folder(Path(folder), self.info, ((n, iter([table])) for n, table in self.tables.items()))
+        write_store(Path(folder), self.info, ((n, iter([table])) for n, table in self.tables.items()))
 
     @classmethod
     def load(cls, folder: str | Path, tokenizer: Any = None, verify: bool = True) -> "NGramStore":
@@ -139,23 +115,11 @@ class NGramStore:
         Args:
             folder (`str` or `Path`): What `save` wrote.
             tokenizer (*optional*): The model's: another vocabulary is refused.
-            verify (`bool`, *optional*, defaults to `True`): Compare checksums, which reads every byte once. Sizes,
-                shapes and types are always checked.
+            verify (`bool`, *optional*, defaults to `True`): Compare checksums and check that offsets, totals and ids
+                have a meaning, which reads every byte once. Sizes, shapes, types and the record of what the store
+                was made from are always checked.
         """
-        folder = Path(folder)
-        path = folder / STORE_MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no {STORE_MANIFEST} in {folder}: it is not an n-gram store.")
-        try:
-            manifest = json.loads(path.read_bytes())
-            if not isinstance(manifest, dict) or manifest.get("format") != STORE_FORMAT:
-                raise ValueError(f"its format is not {STORE_FORMAT}")
-            info = StoreInfo(**manifest["info"])
-            files = {int(n): (int(entry["bytes"]), int(entry["crc32"])) for n, entry in manifest["orders"].items()}
-            _check_orders(files)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged or of another version: {error}.") from error
-        store = cls({n: _read(folder, n, info, *entry, verify) for n, entry in files.items()}, info)
+        store = cls(*read_store(Path(folder), verify))
         if tokenizer is not None:
             store.check_tokenizer(tokenizer)
         return store
@@ -192,7 +156,9 @@ class NGramStore:
         highest = self.orders[-1]
         if len(lambdas) + 1 < highest:
             raise ValueError(f"lambdas has {len(lambdas)} weights but order {highest} needs {highest - 1}.")
-        histories, candidates = _ids(histories), _ids(candidates).astype(np.int32)
+        histories, candidates = _ids(histories), _ids(candidates)
+        # What int32 cannot hold is in no table, and neither is -1.
+        candidates = np.where((candidates >= 0) & (candidates < 2**31), candidates, -1).astype(np.int32)
         width = histories.shape[1]
         known = np.full(len(histories), width) if lengths is None else np.asarray(lengths)
         hashes = context_hashes(histories.T[::-1][: highest - 1])
@@ -226,123 +192,27 @@ class NGramStore:
     def _frequencies(self, order: int, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """c(context, v) / c(context) in the table's `rows` for candidates [rows, c], int32 as the table's."""
         table = self.tables[order]
-        starts, ends = table["offsets"][rows], table["offsets"][rows + 1]
+        # Inside the table whatever a damaged file says that was opened without being verified.
+        last = len(table["next_ids"]) - 1
+        starts = np.clip(table["offsets"][rows], 0, last)
+        ends = np.clip(table["offsets"][rows + 1], starts + 1, last + 1)
         at = np.empty(candidates.shape, dtype=np.int64)
         for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
             at[i] = table["next_ids"][start:end].searchsorted(candidates[i])
         at += starts[:, None]
         near = np.minimum(at, ends[:, None] - 1)
         hit = (at == near) & (table["next_ids"][near] == candidates)
-        return np.where(hit, table["counts"][near] / table["totals"][rows][:, None], 0.0)
+        return np.where(hit, table["counts"][near] / np.maximum(table["totals"][rows], 1)[:, None], 0.0)
 
 
-def _join(blocks: list[dict[str, np.ndarray]], n: int) -> dict[str, np.ndarray]:
-    if not blocks:
-        empty = {name: np.zeros(0, dtype) for name, dtype in _FIELDS.items()}
-        return {**empty, "offsets": np.zeros(1, np.int64), "contexts": np.zeros((0, n - 1), np.int32)}
-    table = {name: np.concatenate([block[name] for block in blocks]) for name in _FIELDS if name != "offsets"}
-    table["offsets"] = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(b["offsets"]) for b in blocks]))])
-    return table
-
-
-def _write_folder(folder: Path, info: StoreInfo, parts: Iterator[tuple[int, Iterator[dict[str, np.ndarray]]]]) -> None:
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: an n-gram store is written into a new folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+def _integer(name: str, value: Any) -> int:
     try:
-        entries = {}
-        for n, blocks in parts:
-            path = partial / _file_name(n)
-            _write_order(path, n, info, blocks)
-            entries[str(n)] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-        manifest = {"format": STORE_FORMAT, "info": asdict(info), "orders": entries}
-        (partial / STORE_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_order(path: Path, n: int, info: StoreInfo, blocks: Iterator[dict[str, np.ndarray]]) -> None:
-    """One safetensors file, block by block: the arrays grow in files of their own and are then put in a row."""
-    columns = {name: path.with_name(f"{path.name}.{name}") for name in _FIELDS}
-    files = {name: column.open("wb") for name, column in columns.items()}
-    try:
-        files["offsets"].write(np.zeros(1, np.int64).tobytes())
-        before = 0
-        for block in blocks:
-            for name, dtype in _FIELDS.items():
-                array = block["offsets"][1:] + before if name == "offsets" else block[name]
-                np.ascontiguousarray(array, dtype=dtype).tofile(files[name])
-            before += len(block["next_ids"])
-    finally:
-        for file in files.values():
-            file.close()
-    strings = {key: str(value) for key, value in asdict(info).items() if value is not None}
-    header, at = {"__metadata__": {"n": str(n), **strings}}, 0
-    for name, dtype in _FIELDS.items():
-        size = columns[name].stat().st_size
-        shape = [size // (dtype.itemsize * (n - 1)), n - 1] if name == "contexts" else [size // dtype.itemsize]
-        header[name] = {"dtype": _CODES[dtype.type], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for column in columns.values():
-            with column.open("rb") as source:
-                shutil.copyfileobj(source, file, 1 << 22)
-            column.unlink()
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read(folder: Path, n: int, info: StoreInfo, size: int, crc32: int, verify: bool) -> dict[str, np.ndarray]:
-    path = folder / _file_name(n)
-    if not path.is_file():
-        raise FileNotFoundError(f"The n-gram store {folder} has no {path.name}.")
-    if path.stat().st_size != size:
-        raise ValueError(f"{path} is truncated or damaged: it has {path.stat().st_size} bytes instead of {size}.")
-    if verify and _crc32(path) != crc32:
-        raise ValueError(f"{path} is damaged: its checksum is not the one it was written with.")
-    try:
-        # As torch tensors, because these are mapped; the numpy form would be read whole.
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            table = {name: file.get_tensor(name).numpy() for name in _FIELDS}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    contexts, pairs = len(table["hashes"]), len(table["next_ids"])
-    shapes = {name: (contexts,) for name in ("hashes", "totals")} | {"contexts": (contexts, n - 1)}
-    shapes |= {"offsets": (contexts + 1,), "next_ids": (pairs,), "counts": (pairs,)}
-    for name, dtype in _FIELDS.items():
-        if table[name].dtype != dtype or table[name].shape != shapes[name]:
-            raise ValueError(f"{path} is damaged: {name} is {table[name].dtype} {table[name].shape}.")
-    if table["offsets"][0] != 0 or table["offsets"][-1] != pairs:
-        raise ValueError(f"{path} is damaged: its offsets do not cover its next tokens.")
-    if metadata.get("n") != str(n) or metadata.get("vocabulary") != info.vocabulary:
-        raise ValueError(f"{path} does not belong to this store: order {metadata.get('n')} or another vocabulary.")
-    return table
-
-
-def _file_name(n: int) -> str:
-    return f"order-{n}.safetensors"
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _check_orders(orders: Iterable[Any]) -> tuple[int, ...]:
-    orders = tuple(orders)
-    if not orders or any(not isinstance(n, int) or not 2 <= n <= 16 for n in orders) or len(set(orders)) < len(orders):
-        raise ValueError(f"orders is {orders} but must hold distinct integers in 2..16.")
-    return orders
+        whole = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} is {value!r} but must be an integer.") from error
+    if not 1 <= whole < 2**31:
+        raise ValueError(f"{name} is {value!r} but must be an integer >= 1 and < 2^31.")
+    return whole
 
 
 def _ids(values: Any) -> np.ndarray:

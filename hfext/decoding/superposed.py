@@ -15,21 +15,25 @@ Superposed Decoding: Multiple Generations from a Single Autoregressive Inference
 length-normalised score and running on after the end, as the authors' code does, would not equal greedy decoding.
 """
 
+import copy
+import functools
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
 from .. import compat
 from ..registry import Method, Result
 from ._superposed_drafts import Drafts
 from ._superposed_loop import Stream, refuse_arguments, refuse_config
+from ._superposed_ngrams import check_store, draft_ngrams, opened_store
 from .ngram_store import NGramStore
 
 compat.let_callables_refuse()
@@ -68,15 +72,24 @@ class SuperposedConfig:
         for name in ("num_drafts", "num_candidates", "reset_every"):
             value = getattr(self, name)
             if name == "num_drafts" or value is not None:
-                _check(self, name, isinstance(value, int) and not isinstance(value, bool), "an integer", TypeError)
+                _check(
+                    self, name, isinstance(value, Integral) and not isinstance(value, bool), "an integer", TypeError
+                )
                 _check(self, name, value >= 1, ">= 1")
+                object.__setattr__(self, name, int(value))
         for name in ("temperature", "alpha", "unseen_penalty"):
-            number = isinstance(getattr(self, name), int | float) and not isinstance(getattr(self, name), bool)
-            _check(self, name, number, "a number", TypeError)
-        _check(self, "temperature", 0 < self.temperature < math.inf, "> 0 (tau)")
+            value = getattr(self, name)
+            _check(self, name, isinstance(value, Real) and not isinstance(value, bool), "a number", TypeError)
+            object.__setattr__(self, name, float(value))
+        # The logits are divided in float32.
+        tau = torch.tensor(self.temperature, dtype=torch.float32)
+        _check(self, "temperature", 0 < tau < math.inf, "> 0 (tau), and finite, in float32")
         _check(self, "alpha", 0 <= self.alpha < 1, "in [0, 1)")
         _check(self, "unseen_penalty", 0 <= self.unseen_penalty < math.inf, ">= 0")
-        object.__setattr__(self, "lambdas", tuple(self.lambdas))
+        try:
+            object.__setattr__(self, "lambdas", tuple(map(float, self.lambdas)))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"lambdas is {self.lambdas!r} but must be a sequence of numbers.") from error
         valid = all(weight >= 0 for weight in self.lambdas) and 0 < sum(self.lambdas) <= 1 + 1e-9
         _check(self, "lambdas", valid, "weights >= 0 with a sum in (0, 1]")
 
@@ -94,7 +107,8 @@ class SuperposedOutput(ModelOutput):
             padded on the right after an end. Where fewer than k drafts are possible, rows of padding fill up.
         sequences_scores (`torch.FloatTensor` of shape `(B * k,)`): s, in nats; -inf for a row of padding.
         mixing_weights (`tuple(torch.FloatTensor)`, *optional*): gamma [B, k] of every step after the first.
-        num_model_calls (`int`): One for the prompts and one for each further token, whatever k.
+        num_model_calls (`int`): One for the prompts and one for each further token, whatever k. Where layers have a
+            recurrent state, a reset takes a call for each token that it reads again.
         uninterpolated_fraction (`float`, *optional*): Share of (draft, step) without any n-gram; near 1 the store is
             of another domain.
 
@@ -174,6 +188,9 @@ def superposed_generate(
     Returns:
         [`SuperposedOutput`] with `return_dict_in_generate=True`, otherwise its `sequences`. Logits processors see each
         draft as a history of its own. `ValueError` for a mode, model or argument that it cannot serve.
+
+    A function of yours around this one takes over its refusals, of a streamer above all, whose reader would wait for
+    ever, with `functools.wraps(superposed_generate)`; `functools.partial` needs nothing.
     """
     options = SuperposedConfig(
         num_drafts=num_drafts,
@@ -186,26 +203,29 @@ def superposed_generate(
         early_exit=early_exit,
         output_mixing_weights=output_mixing_weights,
     )
+    k, tau, reset_every = options.num_drafts, options.temperature, options.reset_every
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator is {generator!r} but must be a torch.Generator.")
     refuse_config(generation_config)
     stream = Stream(model, input_ids, model_kwargs, replayable=reset_every is not None)
-    store = _opened(ngram_store, model, options) if alpha else None
+    store = opened_store(ngram_store, model, options.lambdas) if alpha else None
     mask, prompt = model_kwargs.get("attention_mask"), input_ids.shape[1]
     known = torch.full(input_ids.shape[:1], prompt) if mask is None else mask[:, -prompt:].sum(-1).cpu()
     ends = _ids_of(generation_config.eos_token_id)
-    width, kept = max(num_candidates or 3 * num_drafts, num_drafts + len(ends)), max(2, 1 + len(ends)) * num_drafts
+    width, kept = max(options.num_candidates or 3 * k, k + len(ends)), max(2, 1 + len(ends)) * k
     generator = torch.Generator().manual_seed(0) if generator is None else generator
 
-    drafts = Drafts(input_ids, num_drafts, early_exit)
+    drafts = Drafts(input_ids, k, early_exit)
     logits, since_reset, weights, asked, blind = stream.prefill(input_ids), 0, [], 0, 0
     while True:
         heads, used = drafts.heads, drafts.used
         values, ids = _candidates(logits, heads, logits_processor, width)
         _check_logits(values, used)
         # The best first: nothing overflows, however small tau is.
-        log_p = ((values - values[..., :1]) / temperature).log_softmax(-1)
+        log_p = ((values - values[..., :1]) / tau).log_softmax(-1)
         if store is not None:
-            p_ng = _ngrams(store, heads, ids, known + heads.shape[-1] - prompt, options.lambdas)
-            log_p, unseen = interpolate(log_p, p_ng, alpha, unseen_penalty, num_drafts if drafts.one else 1)
+            p_ng = draft_ngrams(store, heads, ids, known + heads.shape[-1] - prompt, options.lambdas)
+            log_p, unseen = interpolate(log_p, p_ng, options.alpha, options.unseen_penalty, k if drafts.one else 1)
             asked, blind = asked + used.sum(), blind + (unseen & used).sum()
         drafts.advance(log_p, ids, kept, stopping_criteria)
         if bool(drafts.done.all()):
@@ -231,30 +251,16 @@ def superposed_generate(
     )
 
 
-superposed_generate.hfext_before_generate = refuse_arguments
+def _before_generate(streamer: Any, assistant_model: Any, tokenizer: Any = None, **kwargs: Any) -> None:
+    """What `generate` keeps from the callable: it asks here before it begins."""
+    refuse_arguments(streamer, assistant_model, **kwargs)
+    store = kwargs.get("ngram_store")
+    if tokenizer is not None and store is not None:
+        store = NGramStore.load(store, verify=False) if isinstance(store, str | os.PathLike) else store
+        check_store(store).check_tokenizer(tokenizer)
 
 
-def _opened(store: Any, model: Any, options: SuperposedConfig) -> Any:
-    if store is None:
-        return None
-    if isinstance(store, str | os.PathLike):
-        store = NGramStore.load(store)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    if store.vocab_size > vocabulary:
-        raise ValueError(
-            f"The n-gram store has {store.vocab_size} tokens but the model {vocabulary}: it is of another vocabulary."
-        )
-    if len(options.lambdas) + 1 < store.orders[-1]:
-        raise ValueError(f"lambdas has {len(options.lambdas)} weights, too few for the orders {store.orders}.")
-    return store
-
-
-def _ngrams(store: Any, heads: Tensor, ids: Tensor, lengths: Tensor, lambdas: Sequence[float]) -> Tensor:
-    """p_ng [B, r, c] of the candidates `ids` after the heads [B, r, L]; their last `lengths` [B] tokens count."""
-    reach = min(heads.shape[-1], store.orders[-1] - 1)
-    lengths = lengths.clamp(max=reach).repeat_interleave(heads.shape[1])
-    p_ng = store.probabilities(heads[..., -reach:].flatten(0, 1), ids.flatten(0, 1), lambdas, lengths)
-    return p_ng.to(ids.device, torch.float32).view(ids.shape)
+superposed_generate.hfext_before_generate = _before_generate
 
 
 def _candidates(logits: Tensor, heads: Tensor, processors: Any, count: int) -> tuple[Tensor, Tensor]:
@@ -289,6 +295,7 @@ class SuperposedGenerationMixin:
     def generate_superposed(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         streamer: Any = None,
         assistant_model: Any = None,
@@ -299,26 +306,42 @@ class SuperposedGenerationMixin:
     ) -> SuperposedOutput | Tensor:
         """`generate` with [`superposed_generate`]: every argument of both, and `stop_strings` with a `tokenizer`.
 
-        A `tokenizer` is also compared with the vocabulary of the n-gram store. A sampling default of the model does
-        not apply; `do_sample=True` itself is refused.
+        A `tokenizer` is also compared with the vocabulary of the n-gram store. Defaults of the model that sample or
+        that turn the cache off do not apply; `do_sample=True` and `use_cache=False` themselves are refused.
         """
-        refuse_arguments(streamer, assistant_model, assistant_tokenizer=kwargs.pop("assistant_tokenizer", None))
-        store = kwargs.get("ngram_store")
-        if isinstance(store, str | os.PathLike):
-            kwargs["ngram_store"] = store = NGramStore.load(store)
-        if store is not None and tokenizer is not None:
-            store.check_tokenizer(tokenizer)
+        _before_generate(streamer, assistant_model, tokenizer, **kwargs)
+        kwargs.pop("assistant_tokenizer", None)
         stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
         if stop_strings is not None:
             if tokenizer is None:
                 raise ValueError("stop_strings needs the model's tokenizer: pass tokenizer=...")
             stopping_criteria.append(StopStringCriteria(tokenizer, stop_strings))
-        if kwargs.get("generation_config") is None:
-            kwargs.setdefault("do_sample", False)
+        generation_config = copy.deepcopy(generation_config)
+        for name, value in {"do_sample": False, "use_cache": True}.items():
+            if kwargs.get(name) is None:
+                kwargs.pop(name, None)
+                if generation_config is None:
+                    kwargs[name] = value
+                elif getattr(generation_config, name) is None:
+                    setattr(generation_config, name, value)
         # Of the class: a repository's `custom_generate` replaces `generate` of the instance, which leads back here.
-        return type(self).generate(
-            self, inputs, custom_generate=superposed_generate, stopping_criteria=stopping_criteria, **kwargs
+        model = _unwrapped(self)
+        return type(model).generate(
+            model,
+            inputs,
+            generation_config,
+            custom_generate=superposed_generate,
+            stopping_criteria=stopping_criteria,
+            **kwargs,
         )
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model whose `generate` a wrapper, as `torch.compile` makes it, hands on."""
+    generate = model.generate
+    if isinstance(generate, functools.partial):
+        return generate.keywords.get("model", model)
+    return getattr(generate, "__self__", model)
 
 
 METHOD = Method(

@@ -62,7 +62,7 @@ def prefix_entropies(logits: Tensor) -> Tensor:
 
 
 def length_within(values: Tensor, bound: Tensor, logits: Tensor) -> Tensor:
-    """How many of the rising `values` `[batch, k]` are at most `bound` `[batch]`, and no negligible token; at least 1."""
+    """How many rising `values` `[batch, k]` are at most `bound` `[batch]` and of no negligible token; at least 1."""
     return ((values <= bound[:, None]) & (logits > NEGLIGIBLE)).sum(dim=-1).clamp_(min=1)
 
 

@@ -1,9 +1,11 @@
 """What n-gram lookups cost in superposed decoding when the store holds a large corpus.
 
 The corpus is synthetic: phrases of 8 to 32 tokens drawn from a book, both by a Zipf-like law, so that n-grams repeat
-as they do in text. The store is written and read in a temporary folder of the output folder. The prompts and half of
-the looked-up contexts come from the corpus itself: contexts that are found cost more than those that are not. A Python
-dictionary of the first tokens of the same corpus, looked up draft by draft, is what the authors' code does.
+as they do in text. The store is written and read in a temporary folder of the output folder. The prompts and the
+looked-up contexts come from the corpus itself: contexts that are found cost more than those that are not. Of every k
+contexts, k // 2 stay as they are; in the others the last token but one is drawn anew, so that bigrams find theirs and
+longer n-grams rarely do. A Python dictionary of the first tokens of the same corpus, looked up draft by draft, is what
+the authors' code does.
 """
 
 import shutil
@@ -119,7 +121,7 @@ class Dictionary:
 
 
 def queries(ids: np.ndarray, k: int, count: int, width: int, rng: np.random.Generator) -> list[tuple]:
-    """`count` batches of k contexts, half from the corpus, with the token that follows and others as candidates."""
+    """`count` batches of k contexts, k // 2 of them as in the corpus, with what follows and others as candidates."""
     found = []
     for _ in range(count):
         at = rng.integers(width, len(ids) - 1, k)

@@ -2,6 +2,8 @@
 
 import json
 import random
+import warnings
+import zlib
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hfext.decoding import _ngram_count, ngram_store
+from hfext.decoding import _ngram_count, _ngram_files, ngram_store
 from hfext.decoding.ngram_store import NGramStore, vocabulary_hash
 
 ORDERS = (2, 3, 4, 5, 6)
@@ -239,6 +241,14 @@ def damage(folder, kind):
         record["info"]["extra"] = 1
     elif kind == "list":
         record = []
+    elif kind == "dropped":
+        del record["orders"]["4"]
+    elif kind in ("infinite", "deep"):
+        text = manifest.read_text().replace('"bytes": ', '"bytes": 1e999, "x": ', 1)
+        manifest.write_text(text if kind == "infinite" else "[" * 100_000)
+        return manifest
+    elif kind.startswith("vocab_size"):
+        record["info"]["vocab_size"] = {"text": "40", "none": None, "negative": -1}[kind.split(":")[1]]
     elif kind == "json":
         manifest.write_text("{")
         return manifest
@@ -247,7 +257,9 @@ def damage(folder, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", "truncated flipped header swapped pickle gone path order format info list json".split()
+    "kind",
+    "truncated flipped header swapped pickle gone path order format info list json dropped infinite deep "
+    "vocab_size:text vocab_size:none vocab_size:negative".split(),
 )
 def test_a_damaged_store_is_refused_by_the_name_of_its_file(tmp_path, store, kind):
     store.save(tmp_path / "store")
@@ -268,7 +280,7 @@ def test_an_interrupted_save_leaves_nothing_and_an_old_store_is_kept(tmp_path, s
     store.save(tmp_path / "store")
     with pytest.raises(FileExistsError, match="store exists"):
         store.save(tmp_path / "store")
-    monkeypatch.setattr(ngram_store, "_crc32", lambda path: 1 / 0)
+    monkeypatch.setattr(_ngram_files, "_crc32", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         store.save(tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
@@ -281,7 +293,7 @@ def test_an_interrupted_save_leaves_nothing_and_an_old_store_is_kept(tmp_path, s
     [
         ({"dataset": [[1, 2]]}, ValueError, "needs a tokenizer, or vocab_size"),
         ({"dataset": ["1 2"], "vocab_size": 5}, TypeError, "strings: give the tokenizer"),
-        ({"dataset": [[1, 7]], "vocab_size": 5}, ValueError, "Document 0 has token ids outside 0..4"),
+        ({"dataset": [[1, 5]], "vocab_size": 5}, ValueError, "Document 0 has token ids outside 0..4"),
         ({"dataset": [[1, -1]], "vocab_size": 5}, ValueError, "outside"),
         ({"dataset": [[0.5, 1.5]], "vocab_size": 5}, TypeError, "A document must be"),
         ({"dataset": [[]], "vocab_size": 5}, ValueError, "no tokens"),
@@ -289,6 +301,11 @@ def test_an_interrupted_save_leaves_nothing_and_an_old_store_is_kept(tmp_path, s
         ({"dataset": [[1]], "vocab_size": 5, "orders": ()}, ValueError, "orders is"),
         ({"dataset": [[1]], "vocab_size": 5, "orders": (2, 2)}, ValueError, "distinct"),
         ({"dataset": [[1]], "vocab_size": 5, "min_count": 0}, ValueError, "min_count is 0"),
+        ({"dataset": [[1]], "vocab_size": 9.5}, TypeError, "vocab_size is 9.5 but must be an integer"),
+        ({"dataset": [[1]], "vocab_size": 0}, ValueError, "vocab_size is 0"),
+        ({"dataset": [[1]], "vocab_size": 2**31}, ValueError, "vocab_size is 2147483648"),
+        ({"dataset": "1 2 3", "tokenizer": Words()}, TypeError, r"pass \[text\]"),
+        ({"dataset": {"train": ["1 2"]}, "tokenizer": Words()}, TypeError, "mapping of 'train': pass one split"),
     ],
 )
 def test_bad_builds(arguments, error, message):
@@ -318,3 +335,99 @@ def test_a_hugging_face_dataset_builds():
     store = NGramStore.build(rows, Words(), orders=(2,), text_column="body")
     assert contents(store) == {(1, 2): (1, 1), (2, 3): (2, 2)}
     assert store.info.num_documents == 2
+
+
+def forge(folder, field, index, value):
+    """Change one number of order 3, and give the manifest the checksum of what comes out."""
+    path, manifest = folder / "order-3.safetensors", folder / "ngram_store.json"
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    dtype = _ngram_count.TABLE_FIELDS[field]
+    array = np.frombuffer(data, np.uint8)[start:]
+    first, end = json.loads(data[8:start])[field]["data_offsets"]
+    array[first:end].view(dtype)[index] = value
+    path.write_bytes(data)
+    record = json.loads(manifest.read_text())
+    record["orders"]["3"]["crc32"] = zlib.crc32(bytes(data))
+    manifest.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "field, index, value, message",
+    [
+        ("offsets", 0, 1, "offsets do not cover"),
+        ("offsets", -1, 7, "offsets do not cover"),
+        ("offsets", 1, 10**9, "offsets do not ascend"),
+        ("offsets", 1, -7, "offsets do not ascend"),
+        ("totals", 0, 0, "totals or counts of 0"),
+        ("counts", -1, 0, "totals or counts of 0"),
+        ("next_ids", 0, 40, r"token ids outside 0\.\.39"),
+        ("contexts", 0, -1, r"token ids outside 0\.\.39"),
+        ("hashes", 0, 2**64 - 1, "hashes do not ascend"),
+    ],
+)
+def test_numbers_that_counting_cannot_give_are_refused(tmp_path, store, field, index, value, message):
+    """With a right checksum; opened without being verified, nothing outside the tables is read."""
+    folder = tmp_path / "store"
+    store.save(folder)
+    forge(folder, field, index, value)
+    with pytest.raises(ValueError, match=f"order-3.safetensors is damaged: .*{message}"):
+        NGramStore.load(folder)
+    if "cover" in message:
+        with pytest.raises(ValueError, match=message):
+            NGramStore.load(folder, verify=False)
+        return
+    loaded = NGramStore.load(folder, verify=False)
+    histories = np.concatenate([loaded.tables[3]["contexts"][[0, 1, -1]]]).astype(np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = loaded.probabilities(np.abs(histories), np.tile(np.arange(40), (3, 1)), LAMBDAS)
+    assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("vocab_size", 10), ("num_tokens", 5), ("corpus", "another"), ("vocabulary", "0" * 64), ("tokenizer", "t")],
+)
+def test_the_manifest_and_the_files_must_agree(tmp_path, key, value):
+    NGramStore.build(["1 2 3 4"], Words(), orders=(2, 3)).save(tmp_path / "store")
+    manifest = tmp_path / "store" / "ngram_store.json"
+    record = json.loads(manifest.read_text())
+    record["info"][key] = value
+    manifest.write_text(json.dumps(record))
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=f"order-2.safetensors does not belong to this store: its {key} is"):
+            NGramStore.load(tmp_path / "store", verify=verify)
+
+
+def test_padding_inside_stored_contexts_is_no_context():
+    """The padding token is a word of the corpus too, and stands before the same words there."""
+    store = NGramStore.build([[0, 5, 7], [0, 0, 5, 8]], vocab_size=10, orders=(2, 3, 4))
+    got = store.probabilities([[0, 0, 5]], [[7, 8]], LAMBDAS, lengths=[1])
+    torch.testing.assert_close(got, torch.full((1, 2), 0.5 * LAMBDAS[0], dtype=torch.float64))
+    more = store.probabilities([[0, 0, 5]], [[7, 8]], LAMBDAS, lengths=[2])
+    torch.testing.assert_close(more - got, torch.full((1, 2), 0.5 * LAMBDAS[1], dtype=torch.float64))
+
+
+def test_a_corpus_of_more_than_a_million_tokens_is_hashed_to_its_end():
+    tokens = np.random.default_rng(0).integers(0, 50_000, (1 << 20) + 999)
+    store = NGramStore.build([tokens], vocab_size=50_000, orders=(3,))
+    for at in (5, 1 << 20, (1 << 20) + 900):
+        assert store.probabilities([tokens[at - 2 : at]], [[tokens[at]]], LAMBDAS)[0, 0] > 0
+
+
+def test_numbers_of_numpy_and_ids_that_no_table_can_hold(tmp_path):
+    store = NGramStore.build([[1, 2]], vocab_size=np.int64(9), min_count=np.int64(1), orders=(2,))
+    store.save(tmp_path / "store")
+    assert NGramStore.load(tmp_path / "store").info == store.info and type(store.vocab_size) is int
+    assert store.probabilities([[1], [1]], [[2**32 + 2, 2], [-(2**32) + 2, 2]], LAMBDAS).tolist() == [[0, 0.01]] * 2
+    assert store.lookup([[2**32 + 1], [1]]).tolist() == [-1, 0]
+
+
+def test_an_existing_folder_is_refused_before_the_corpus_is_read(tmp_path):
+    def corpus():
+        raise AssertionError("the corpus was read")
+        yield
+
+    with pytest.raises(FileExistsError, match=tmp_path.name):
+        NGramStore.build(corpus(), vocab_size=9, folder=tmp_path)

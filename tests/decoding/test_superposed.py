@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -115,19 +116,21 @@ def padded(rows):
     return ids, (ids != 0).long()
 
 
-@each_model
+SETTINGS = [
+    {"many_ends": True, "temperature": 50.0},
+    {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "bad_words_ids": [[5], [7, 9]]},
+    {"num_candidates": 1, "alpha": 0.0, "early_exit": False, "many_ends": True},
+    {},
+    {"min_new_tokens": 7, "many_ends": True},
+    {"many_ends": True},
+    {"max_new_tokens": None, "max_length": 13},
+    {"reset_every": 3},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"min_new_tokens": 7, "many_ends": True},
-        {"many_ends": True},
-        {"many_ends": True, "temperature": 50.0},
-        {"max_new_tokens": None, "max_length": 13},
-        {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "bad_words_ids": [[5], [7, 9]]},
-        {"reset_every": 3},
-        {"num_candidates": 1, "alpha": 0.0, "early_exit": False, "many_ends": True},
-    ],
+    "name, settings",
+    [(name, settings) for name in MODELS for settings in (SETTINGS if name == "llama" else SETTINGS[:2])],
     ids=str,
 )
 def test_one_draft_is_greedy_decoding(models, name, settings):
@@ -157,9 +160,8 @@ def test_one_draft_is_greedy_decoding_in_left_padded_batches_with_ends(models, n
 @each_model
 def test_one_draft_is_greedy_decoding_in_bfloat16(name):
     model = MODELS[name]().to(torch.bfloat16)
-    for seed in range(3):
-        greedy, ours = greedy_and_one_draft(model, prompts(2, seed=seed))
-        assert torch.equal(greedy, ours)
+    greedy, ours = greedy_and_one_draft(model, prompts(2))
+    assert torch.equal(greedy, ours)
     out = drafts_of(model, prompts(), 4, eos_token_id=None)
     assert torch.isfinite(out.sequences_scores).all() and len(set(map(tuple, out.sequences.tolist()))) == 4
 
@@ -234,7 +236,7 @@ def ngram(counts, ids, v):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, k, tau", [("llama", 3, 0.06), ("llama", 3, 2.0), ("gemma2", 4, 1.0), ("gpt2", 2, 0.5)])
+@pytest.mark.parametrize("name, k, tau", [("llama", 3, 0.06), ("llama", 3, 2.0), ("gemma2", 4, 1.0)])
 @pytest.mark.parametrize("grams", [False, True])
 @pytest.mark.parametrize("ends", [(), (2,), tuple(range(3, 128, 6))], ids=["no end", "one end", "21 ends"])
 def test_drafts_and_scores_equal_the_algorithm_without_cache_and_tensors(models, name, k, tau, grams, ends):
@@ -247,24 +249,22 @@ def test_drafts_and_scores_equal_the_algorithm_without_cache_and_tensors(models,
             for i in range(n - 1, len(doc)):
                 counts[n][tuple(doc[i - n + 1 : i])][doc[i]] += 1
     given = NGramStore.build(documents, vocab_size=128, orders=orders) if grams else None
-    for seed in range(2):
-        ids = prompts(seed=seed)
-        want = brute_force(model, ids[0].tolist(), k, 7, counts, ends, tau)
-        got = drafts_of(
-            model,
-            ids,
-            k,
-            max_new_tokens=7,
-            ngram_store=given,
-            temperature=tau,
-            eos_token_id=list(ends) or None,
-            num_candidates=max(3 * k, k + len(ends)),
-        )
-        assert len(want) == k
-        for row, score, (s, draft) in zip(got.sequences, got.sequences_scores, want, strict=True):
-            assert row.tolist()[: len(draft)] == draft and set(row.tolist()[len(draft) :]) <= {0}
-            assert float(score) == pytest.approx(s, rel=2e-4, abs=2e-3)
-        assert (got.uninterpolated_fraction is None) is not grams
+    ids = prompts(seed=1)
+    want = brute_force(model, ids[0].tolist(), k, 7, counts, ends, tau)
+    got = drafts_of(
+        model,
+        ids,
+        k,
+        max_new_tokens=7,
+        ngram_store=given,
+        temperature=tau,
+        eos_token_id=list(ends) or None,
+    )
+    assert len(want) == k
+    for row, score, (s, draft) in zip(got.sequences, got.sequences_scores, want, strict=True):
+        assert row.tolist()[: len(draft)] == draft and set(row.tolist()[len(draft) :]) <= {0}
+        assert float(score) == pytest.approx(s, rel=2e-4, abs=2e-3)
+    assert (got.uninterpolated_fraction is None) is not grams
 
 
 def test_interpolation_against_scalars():
@@ -491,6 +491,90 @@ def test_the_temperature_of_the_generation_config_is_not_tau(models):
     assert not torch.equal(drafts_of(models["llama"], prompts(), temperature=3.0).sequences_scores, expected)
 
 
+def test_words_of_the_corpus_that_pad_are_no_context(models):
+    """A store that has seen the padding token before the prompt's words."""
+    documents = torch.randint(0, 6, (30, 300), generator=torch.Generator().manual_seed(2)).tolist()
+    stored, options = NGramStore.build(documents, vocab_size=128), {"temperature": 20.0, "eos_token_id": None}
+    ids, mask = padded([[5], [3, 4, 5, 3, 4, 5]])
+    batch = drafts_of(models["llama"], ids, attention_mask=mask, ngram_store=stored, num_candidates=128, **options)
+    single = drafts_of(models["llama"], ids[:1, -1:], ngram_store=stored, num_candidates=128, **options)
+    assert torch.equal(batch.sequences[:3, 6:], single.sequences[:, 1:])
+    torch.testing.assert_close(batch.sequences_scores[:3], single.sequences_scores, rtol=1e-4, atol=1e-3)
+
+
+def test_drafts_stay_alive_when_nearly_all_good_tokens_are_ends(models):
+    """50 is the best token, eight ends follow, then come 51 and 52: three drafts must go on."""
+    order = [50, *range(10, 18), 51, 52]
+
+    def rank(ids, scores):
+        scores = torch.full_like(scores, -99.0)
+        scores[:, order] = -0.1 * torch.arange(len(order)).float()
+        return scores
+
+    out = drafts_of(
+        models["llama"],
+        prompts(),
+        temperature=1.0,
+        max_new_tokens=2,
+        logits_processor=[rank],
+        eos_token_id=list(range(10, 18)),
+        output_mixing_weights=True,
+        early_exit=False,
+    )
+    torch.testing.assert_close(out.mixing_weights[0][0], torch.tensor([0.0, -0.9, -1.0]).softmax(-1))
+
+
+def test_processors_that_write_in_place_spoil_nothing_for_other_drafts(models):
+    def ban(ids, scores, copy):
+        scores = scores.clone() if copy else scores
+        scores[torch.arange(len(ids)), ids[:, -1]] = -torch.inf
+        scores[:, ids[:, -1] - 1] -= 1
+        return scores
+
+    in_place, copied = (
+        drafts_of(models["llama"], prompts(), 4, logits_processor=[functools.partial(ban, copy=copy)], temperature=1.0)
+        for copy in (False, True)
+    )
+    assert torch.equal(in_place.sequences_scores, copied.sequences_scores)
+
+
+def test_embeddings_are_summed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    e = torch.randn(1, 8, 512, generator=generator).to(torch.bfloat16)
+    gamma = torch.rand(1, 8, generator=generator).softmax(-1)
+    exact = (gamma[..., None].double() * e.double()).sum(1, keepdim=True)
+    assert torch.equal(superpose(e, gamma), exact.to(torch.bfloat16))
+
+
+def test_only_drafts_that_exist_are_asked_for_ngrams(models):
+    """One token is allowed, so that two of three drafts are empty; the one that exists always has an n-gram."""
+    ids = prompts()
+    stored = NGramStore.build([[ids[0, -1].item(), 10, 10, 10]], vocab_size=128)
+    out = drafts_of(models["llama"], ids, ngram_store=stored, prefix_allowed_tokens_fn=lambda i, ids: [10])
+    assert torch.isfinite(out.sequences_scores).tolist() == [True, False, False]
+    assert out.uninterpolated_fraction == 0.0
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@each_model
+def test_resets_change_neither_the_tokens_nor_the_score_of_one_draft(models, name, rows):
+    ids, mask = padded([prompts(length=n, seed=n)[0].tolist() for n in (9, 4)[:rows]])
+    kwargs = {"k": 1, "attention_mask": mask, "temperature": 3.0, "eos_token_id": None, "max_new_tokens": 12}
+    plain, reset = (drafts_of(models[name], ids, reset_every=every, **kwargs) for every in (None, 3))
+    assert torch.equal(plain.sequences, reset.sequences)
+    torch.testing.assert_close(plain.sequences_scores, reset.sequences_scores, rtol=1e-4, atol=1e-3)
+
+
+def test_without_early_exit_every_token_is_asked_for(models):
+    ends = list(range(3, 128, 2))
+    calls, scores = [], []
+    for early_exit in (True, False):
+        out = drafts_of(models["llama"], prompts(), eos_token_id=ends, early_exit=early_exit, temperature=1.0)
+        calls.append(out.num_model_calls)
+        scores.append(out.sequences_scores)
+    assert calls[0] < calls[1] == 8 and torch.equal(*scores)
+
+
 class WithMixin(SuperposedGenerationMixin, transformers.LlamaForCausalLM):
     pass
 
@@ -506,8 +590,20 @@ def test_the_mixin_is_the_callable(models, store):
         assert torch.equal(got.sequences, expected.sequences)
     model.generation_config.do_sample = True
     assert torch.equal(model.generate_superposed(prompts(), **kwargs).sequences, expected.sequences)
-    with pytest.raises(ValueError, match="do_sample"):
-        model.generate_superposed(prompts(), do_sample=True, **kwargs)
+    config = GenerationConfig(max_new_tokens=8, return_dict_in_generate=True)
+    own = {"num_drafts": 3, "ngram_store": store}
+    for got in (
+        model.generate_superposed(prompts(), config, **own),
+        model.generate_superposed(prompts(), generation_config=config, **own),
+        SuperposedGenerationMixin.generate_superposed(torch.compile(model, backend="eager"), prompts(), **kwargs),
+    ):
+        assert torch.equal(got.sequences, expected.sequences)
+    assert config.do_sample is None and config.use_cache is None
+    for given in ({"do_sample": True}, {"generation_config": GenerationConfig(do_sample=True)}):
+        with pytest.raises(ValueError, match="do_sample"):
+            model.generate_superposed(prompts(), **given, **own)
+    with pytest.raises(ValueError, match="use num_drafts"):
+        model.generate_superposed(prompts(), num_return_sequences=3, **own)
     with pytest.raises(ValueError, match="needs the model's tokenizer"):
         model.generate_superposed(prompts(), stop_strings="x", **kwargs)
 
@@ -527,11 +623,12 @@ class Letters:
         return "".join(chr(65 + int(i) % 26) for i in ids)
 
 
-def test_a_store_of_another_vocabulary_is_refused(models):
+def test_a_store_of_another_vocabulary_is_refused(models, tmp_path):
     large = NGramStore.build([[1, 2]], vocab_size=129)
     with pytest.raises(ValueError, match="another vocabulary"):
         drafts_of(models["llama"], prompts(), ngram_store=large)
     own = NGramStore.build([[1, 2]], Letters())
+    own.save(tmp_path / "store")
     call = functools.partial(SuperposedGenerationMixin.generate_superposed, models["llama"], prompts())
     call(ngram_store=own, tokenizer=Letters(), max_new_tokens=1)
 
@@ -541,6 +638,10 @@ def test_a_store_of_another_vocabulary_is_refused(models):
 
     with pytest.raises(ValueError, match="vocabulary of letters"):
         call(ngram_store=own, tokenizer=Other(), max_new_tokens=1)
+    for given in (own, str(tmp_path / "store")):
+        with pytest.raises(ValueError, match="vocabulary of letters"):
+            drafts_of(models["llama"], prompts(), ngram_store=given, tokenizer=Other())
+    drafts_of(models["llama"], prompts(), ngram_store=own, tokenizer=Letters())
     with pytest.raises(ValueError, match="lambdas has 2 weights"):
         drafts_of(models["llama"], prompts(), ngram_store=own, lambdas=[0.1, 0.2])
 
@@ -588,7 +689,9 @@ def test_an_assistant_model_is_refused(models, tmp_path, form):
     [
         ({"do_sample": True}, "do_sample=False"),
         ({"num_beams": 2}, "num_beams is 2"),
-        ({"num_return_sequences": 2, "do_sample": True}, "superposed decoding does not support"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences is 2.* use num_drafts"),
+        ({"num_return_sequences": 3}, "num_return_sequences is 3.* use num_drafts"),
+        ({"dola_layers": "high"}, "dola_layers"),
         ({"num_return_sequences": 2, "num_beams": 2}, "use num_drafts"),
         ({"output_scores": True}, "output_scores"),
         ({"output_logits": True}, "output_logits"),
@@ -604,6 +707,8 @@ def test_an_assistant_model_is_refused(models, tmp_path, form):
         ({"k": 0}, "num_drafts is 0 but must be >= 1"),
         ({"temperature": 0.0}, "temperature is 0.0 but must be > 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1e-46}, "temperature is 1e-46 but must be > 0"),
+        ({"temperature": 1e39}, r"temperature is 1e\+39"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"alpha": 1.0}, r"alpha is 1.0 but must be in \[0, 1\)"),
         ({"unseen_penalty": -1}, "unseen_penalty is -1"),
@@ -618,10 +723,35 @@ def test_what_has_no_meaning_is_refused_with_its_reason(models, kwargs, message)
         drafts_of(models["llama"], prompts(), **kwargs)
 
 
-@pytest.mark.parametrize("fields", [{"num_drafts": 2.0}, {"num_drafts": True}, {"temperature": "1"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_drafts": 2.0},
+        {"num_drafts": True},
+        {"temperature": "1"},
+        {"temperature": True},
+        {"lambdas": 0.5},
+        {"lambdas": ["much"]},
+    ],
+)
 def test_wrong_kinds(fields):
     with pytest.raises(TypeError, match=next(iter(fields))):
         SuperposedConfig(**fields)
+
+
+@pytest.mark.parametrize("kwargs", [{"ngram_store": {}}, {"generator": 3}, {"streamer": object()}])
+def test_objects_of_a_wrong_kind_are_named(models, kwargs):
+    with pytest.raises(TypeError, match=next(iter(kwargs))):
+        drafts_of(models["llama"], prompts(), **kwargs)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(models, store):
+    expected = drafts_of(models["llama"], prompts(), 3, temperature=0.5, ngram_store=store)
+    for lambdas in (torch.tensor(LAMBDAS, dtype=torch.float64), np.array(LAMBDAS)):
+        got = drafts_of(
+            models["llama"], prompts(), np.int64(3), temperature=np.float32(0.5), ngram_store=store, lambdas=lambdas
+        )
+        assert torch.equal(got.sequences_scores, expected.sequences_scores)
 
 
 def test_broken_logits_are_named(models):
@@ -667,6 +797,156 @@ def test_models_that_cannot_be_superposed_are_refused(tiny_t5):
         seeded(transformers.MambaForCausalLM, mamba).generate(
             prompts(), custom_generate=superposed_generate, max_new_tokens=2
         )
+
+
+NO_CACHE = {
+    "recurrent gemma": lambda: seeded(
+        transformers.RecurrentGemmaForCausalLM,
+        transformers.RecurrentGemmaConfig(
+            vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+        ),
+    ),
+    "gpt": lambda: seeded(
+        transformers.OpenAIGPTLMHeadModel, transformers.OpenAIGPTConfig(vocab_size=128, n_embd=32, n_layer=2, n_head=4)
+    ),
+    "xlm": lambda: seeded(
+        transformers.XLMWithLMHeadModel,
+        transformers.XLMConfig(vocab_size=128, emb_dim=32, n_layers=2, n_heads=4, pad_index=0, mask_token_id=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_CACHE)
+def test_models_without_a_key_value_cache_are_refused_by_name(name):
+    with pytest.raises(ValueError, match="has no key-value cache"):
+        drafts_of(NO_CACHE[name](), prompts(), eos_token_id=None, pad_token_id=0)
+
+
+def test_a_reset_of_a_model_with_recurrent_states_reads_token_by_token():
+    config = transformers.JambaConfig(
+        **{**SMALL, "num_hidden_layers": 4},
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    )
+    model = seeded(transformers.JambaForCausalLM, config)
+    greedy, ours = greedy_and_one_draft(model, prompts(), eos_token_id=None)
+    reset = drafts_of(model, prompts(), 1, eos_token_id=None, max_new_tokens=10, reset_every=3)
+    assert torch.equal(greedy, ours) and torch.equal(greedy, reset.sequences)
+    assert reset.num_model_calls == 10 + 3 * 2
+
+
+def test_text_alone_of_a_model_of_text_and_images(models):
+    text = {**SMALL, "head_dim": 8, "sliding_window": 5}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+        image_token_index=90,
+        boi_token_index=91,
+        eoi_token_index=92,
+    )
+    model = seeded(transformers.Gemma3ForConditionalGeneration, config)
+    assert torch.equal(*greedy_and_one_draft(model, prompts(), eos_token_id=None, pad_token_id=0))
+
+
+def test_a_cache_that_is_off_by_default_is_turned_on():
+    model = seeded(
+        transformers.MptForCausalLM, transformers.MptConfig(vocab_size=128, d_model=32, n_layers=2, n_heads=4)
+    )
+    kwargs = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    call = functools.partial(SuperposedGenerationMixin.generate_superposed, model, prompts(), num_drafts=1)
+    greedy = model.generate(prompts(), do_sample=False, **kwargs)
+    assert torch.equal(call(**kwargs), greedy) and torch.equal(call(GenerationConfig(**kwargs)), greedy)
+    with pytest.raises(ValueError, match="use_cache=True"):
+        call(use_cache=False, **kwargs)
+
+
+def test_adapters_of_virtual_tokens_are_refused_and_lora_is_not():
+    peft = pytest.importorskip("peft")
+    kwargs = {"input_ids": prompts(), "max_new_tokens": 4, "do_sample": False}
+    for config in (peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.PromptEncoderConfig):
+        model = peft.get_peft_model(llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        for call in (
+            functools.partial(model.generate, custom_generate=superposed_generate),
+            functools.partial(SuperposedGenerationMixin.generate_superposed, model),
+        ):
+            with pytest.raises(NotImplementedError, match="use LoRA"):
+                call(**kwargs)
+    lora = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    ours = lora.generate(**kwargs, custom_generate=superposed_generate, num_drafts=1)
+    assert torch.equal(ours, lora.generate(**kwargs))
+
+
+def test_a_wrapper_with_wraps_refuses_a_streamer_too(models):
+    @functools.wraps(superposed_generate)
+    def wrapped(*args, **kwargs):
+        return superposed_generate(*args, **kwargs)
+
+    streamer = TextIteratorStreamer(Letters(), timeout=5)
+    with pytest.raises(ValueError, match="`streamer` cannot be used"):
+        models["llama"].generate(prompts(), custom_generate=wrapped, streamer=streamer, max_new_tokens=2)
+    assert "".join(streamer) == ""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A model with the Hub folder, as `from_pretrained` makes it, and the module of its file."""
+    llama().save_pretrained(tmp_path / "repository")
+    export_superposed(tmp_path / "repository")
+    return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "repository", trust_remote_code=True)
+
+
+def test_the_own_generate_of_a_hub_model_takes_what_generate_takes(hub):
+    ids, plain = prompts(), llama()
+    expected = drafts_of(plain, ids, return_dict_in_generate=False)
+    config = GenerationConfig(max_new_tokens=8)
+    hub.generation_config.do_sample = True
+    for got in (
+        hub.generate(ids, max_new_tokens=8),
+        hub.generate(ids, config),
+        hub.generate(input_ids=ids, generation_config=config),
+        hub.generate(ids, max_new_tokens=8, temperature=0.7),
+        SuperposedGenerationMixin.generate_superposed(hub, ids, max_new_tokens=8),
+        hub.generate.func(hub, ids, max_new_tokens=8),
+        hub.generate(ids, max_new_tokens=8, do_sample=False, custom_generate=superposed_generate),
+    ):
+        assert torch.equal(got, expected)
+    scores = {"max_new_tokens": 8, "return_dict_in_generate": True}
+    got = hub.generate(ids, superposed_temperature=2.0, **scores).sequences_scores
+    assert torch.equal(got, drafts_of(plain, ids, temperature=2.0).sequences_scores)
+    greedy = plain.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(hub.generate(ids, max_new_tokens=8, do_sample=False, custom_generate=None), greedy)
+    for kwargs in ({"do_sample": True}, {"generation_config": GenerationConfig(do_sample=True)}):
+        with pytest.raises(ValueError, match="do_sample"):
+            hub.generate(ids, **kwargs)
+
+
+def test_a_streamer_ends_whatever_is_wrong_with_the_call_of_a_hub_model(hub):
+    ids = prompts()
+    for error, args, kwargs in (
+        (ValueError, (ids,), {}),
+        (ValueError, (ids, None, None, None, None, None, None), "positional"),
+        (TypeError, (ids,), {"inputs": ids}),
+        (TypeError, (ids, *[None] * 20), {}),
+    ):
+        streamer = TextIteratorStreamer(Letters(), timeout=5)
+        args, kwargs = ((*args, streamer), {}) if kwargs == "positional" else (args, {"streamer": streamer, **kwargs})
+        with pytest.raises(error):
+            hub.generate(*args, **kwargs)
+        assert "".join(streamer) == ""
+    # The loop itself could not refuse one without the library's hook: the file keeps it for itself.
+    assert "superposed_generate" not in hub.generate.func.__globals__
 
 
 def test_other_users_of_generate_are_not_touched(models, monkeypatch):
@@ -741,12 +1021,13 @@ def test_the_hub_file_is_the_library_in_one_piece(tmp_path):
     assert len(names) == len(set(names)) and names[-1] == "generate" and "NGramStore" in names
     assert "METHOD" not in text and "compat" not in text and "from ." not in text
     card = (tmp_path / "README.md").read_text()
-    assert "- custom_generate" in card
+    assert "- custom_generate" in card and "license: apache-2.0" in card and "superposed_temperature" in card
     with pytest.raises(FileExistsError, match="README.md exists"):
         export_superposed(tmp_path)
     assert export_superposed(tmp_path, readme=False) == path
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_one_draft_is_greedy_decoding_on_smollm2():
     from hfext.experiments import _smollm2

@@ -66,10 +66,13 @@ def test_the_example_trains(tmp_path, monkeypatch):
 @pytest.mark.real_model
 def test_the_example_decodes():
     pytest.importorskip("gguf")
+    source = _python(README, 1)
+    line = next(line for line in source.splitlines() if "from_pretrained" in line)
+    local = source.replace(line, "from hfext.experiments import _smollm2; model, tokenizer = _smollm2.load()")
     names = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        exec(compile(_python(README, 1), "README.md", "exec"), names)
+        exec(compile(local, "README.md", "exec"), names)
     prompt = names["inputs"]["input_ids"].shape[1]
     assert names["hot"].shape == (1, prompt + 40) and names["drafts"].shape == (3, prompt + 10)
     assert len({tuple(draft.tolist()) for draft in names["drafts"]}) == 3

@@ -51,7 +51,8 @@ def _saved_fields(path: Path) -> int:
 
     file = path if path.is_file() else path / "generation_config.json"
     if not file.is_file():
-        typer.echo(f"hfext: {path} has no generation_config.json.", err=True)
+        what = "has no generation_config.json, as the folder of an adapter" if path.exists() else "does not exist"
+        typer.echo(f"hfext: {path} {what}.", err=True)
         return 2
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

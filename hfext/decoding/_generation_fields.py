@@ -66,7 +66,8 @@ def enable(model: torch.nn.Module) -> torch.nn.Module:
         model: A generating model of transformers, or one wrapped by PEFT. Its generation config gets the fields, with
             `None` where it has none yet, so that they are saved and loaded with it.
 
-    Returns the model. Setting `model.generation_config` to a new object takes the fields away: call it again then.
+    Returns the model. Setting `model.generation_config` to a new object takes the fields away: call it again then. The
+    folder of a PEFT adapter holds no generation config: save it with `model.generation_config.save_pretrained`.
 
     ```python
     >>> hfext.decoding.enable(model)
@@ -170,11 +171,16 @@ def arrange(
 def check_temperature(processors: LogitsProcessorList, given: list[LogitsProcessor]) -> None:
     """A processor that decides by a temperature of its own must be told the one that follows."""
     for processor in given:
-        own = getattr(processor, "temperature", None)
-        if isinstance(processor, TopHLogitsProcessor | MirostatLogitsProcessor) and own and processor in processors:
+        if isinstance(processor, TopHLogitsProcessor | MirostatLogitsProcessor) and processor in processors:
+            own = processor.temperature
             later = processors[processors.index(processor) + 1 :]
             actual = math.prod(p.temperature for p in later if isinstance(p, TemperatureLogitsWarper))
-            if not math.isclose(own, actual):
+            if own is None and actual != 1:
+                logger.warning_once(
+                    f"{type(processor).__name__} decides before generate applies temperature={actual}: give it the "
+                    "same temperature, or use the field of the generation config."
+                )
+            if own is not None and not math.isclose(own, actual):
                 raise ValueError(
                     f"{type(processor).__name__}(temperature={own}) decides for another temperature "
                     f"than the {actual} that generate applies after it: give both the same."
@@ -212,9 +218,11 @@ def install() -> None:
             given = compat.given_processors(args, kwargs)
             if generation_config.do_sample:
                 return arrange(processors, given, generation_config)
-            if unused := active_fields(generation_config):
-                make_samplers(generation_config)
-                logger.warning_once(f"do_sample is not True: {', '.join(unused)} of the generation config do nothing.")
+            fields = active_fields(generation_config)
+            make_samplers(generation_config)
+            given = [type(p).__name__ for p in given if type(p) in NAMES and (generation_config.num_beams or 1) == 1]
+            if unused := [*fields, *given]:
+                logger.warning_once(f"do_sample is not True: {', '.join(unused)} do nothing.")
             return processors
 
         return _get_logits_processor

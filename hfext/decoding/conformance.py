@@ -23,7 +23,7 @@ change places too; a prompt that continues an earlier output of the same object.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -95,6 +95,11 @@ def run(
     Returns:
         [`Report`]. An exception inside a check is a failure of it; `KeyError` for a check that does not exist.
     """
+    if isinstance(make, LogitsProcessor):
+        raise TypeError(f"make is a {type(make).__name__} but must return a fresh one: lambda **options: ...")
+    for fact in facts:
+        if fact not in (known := [field.name for field in fields(Facts)]):
+            raise TypeError(f"There is no fact {fact!r}. {suggest(fact, known)}")
     subject = Subject(make, Facts(**facts))
     chosen = list(CHECKS) if checks is None else list(checks)
     for check in [*chosen, *subject.facts.exempt]:

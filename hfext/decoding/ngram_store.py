@@ -43,6 +43,10 @@ class NGramStore:
     def __init__(self, tables: dict[int, dict[str, np.ndarray]], info: StoreInfo):
         self.tables, self.info = dict(sorted(tables.items())), info
 
+    def __repr__(self) -> str:
+        i = self.info
+        return f"NGramStore(orders={self.orders}, vocab_size={i.vocab_size}, num_tokens={i.num_tokens})"
+
     @property
     def orders(self) -> tuple[int, ...]:
         return tuple(self.tables)

@@ -349,7 +349,7 @@ METHOD = Method(
     "penalty once for each span, highlighted tokens included. `include` weighs the highlighted tokens by 1/alpha and "
     "nothing else; theirs, with alpha < 1, ends with the rest of the prompt weighed by 1/alpha.",
     target="hfext.decoding.pasta:steer_attention",
-    usage="with hfext.decoding.steer_attention(model, spans=[(12, 20)], heads={5: [0, 3]}): model.generate(**inputs)",
+    usage="with hfext.decoding.steer_attention(model, spans, heads): model.generate(**inputs)",
     summary="Makes chosen attention heads look at chosen parts of the prompt, without training.",
     claim="Steering the attention of profiled heads to a part of the prompt makes the model use it.",
     headline=Result(
@@ -359,6 +359,8 @@ METHOD = Method(
         baseline="prompting",
     ),
     recipe="decoding/pasta-smollm2-planted_fact.yaml",
-    notes="Needs `eager` or `sdpa` attention. One handle serves one prompt and what is generated from it; the first "
-    "handle wraps `GenerationMixin.generate`, which then tells handles how long the prompt is.",
+    notes="`span_to_tokens(tokenizer, prompt, phrase)` gives spans, `profile_heads(model, evaluate)` the heads that "
+    "help a model, for `save_heads` and `load_heads`; heads that were not profiled can do harm. Needs `eager` or "
+    "`sdpa` attention. One handle serves one prompt and what is generated from it; the first handle wraps "
+    "`GenerationMixin.generate`, which then tells handles how long the prompt is.",
 )

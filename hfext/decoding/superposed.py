@@ -162,9 +162,9 @@ def superpose(embeddings: Tensor, gamma: Tensor) -> Tensor:
 def superposed_generate(
     model: Any,
     input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
     num_drafts: int = 3,
     temperature: float = 0.06,
     ngram_store: NGramStore | str | os.PathLike | None = None,
@@ -192,6 +192,11 @@ def superposed_generate(
     A function of yours around this one takes over its refusals, of a streamer above all, whose reader would wait for
     ever, with `functools.wraps(superposed_generate)`; `functools.partial` needs nothing.
     """
+    if generation_config is None:
+        raise TypeError(
+            "superposed_generate is what generate calls: model.generate(..., custom_generate=superposed_generate), or "
+            "SuperposedGenerationMixin.generate_superposed(model, ...)."
+        )
     options = SuperposedConfig(
         num_drafts=num_drafts,
         temperature=temperature,
@@ -360,7 +365,7 @@ METHOD = Method(
     ),
     target="hfext.decoding.superposed:SuperposedGenerationMixin",
     config=SuperposedConfig,
-    usage="model.generate(**inputs, custom_generate=superposed_generate, num_drafts=3, do_sample=False)",
+    usage="model.generate(**inputs, custom_generate=superposed_generate, num_drafts=3, ngram_store=store)",
     summary="Several drafts of a prompt for the model calls of one, by feeding a weighted sum of their embeddings.",
     claim="Superposed decoding is 2.44 times faster than nucleus sampling at k=3.",
     headline=Result(
@@ -371,7 +376,9 @@ METHOD = Method(
     ),
     recipe="decoding/superposed-smollm2-drafts.yaml",
     notes=(
-        "For decoder-only text models with a key-value cache and without per-layer embeddings. Against a batch of k "
-        "samples the gain is far smaller than against k samples one after the other."
+        "`store = NGramStore.build(texts, tokenizer)` of text like the one wanted: without it all drafts share one "
+        "distribution, and the later ones become incoherent. Needs do_sample=False where the generation config says "
+        "otherwise. For decoder-only text models with a key-value cache and without per-layer embeddings. Against a "
+        "batch of k samples the gain is far smaller than against k samples one after the other."
     ),
 )

@@ -219,7 +219,7 @@ METHOD = Method(
     repo="ErfanBaghaei/Top-H-Decoding",
     status="faithful",
     target="hfext.decoding.top_h:TopHLogitsProcessor",
-    usage="model.generate(**inputs, do_sample=True, top_k=0, logits_processor=[hfext.TopHLogitsProcessor(alpha=0.4)])",
+    usage="hfext.decoding.enable(model).generate(**inputs, do_sample=True, temperature=1.5, top_k=0, top_h_alpha=0.4)",
     summary="Samples among the likeliest tokens whose entropy is at most a share of the whole distribution's.",
     claim="At high temperature top-H stays coherent where top-p does not, and H(q) <= alpha H(p) holds at every step.",
     headline=Result(
@@ -230,6 +230,8 @@ METHOD = Method(
     ),
     recipe="decoding/top_h-smollm2-high_temperature.yaml",
     notes=(
+        "As a processor, `TopHLogitsProcessor(alpha=0.4, temperature=1.5)` for generate(temperature=1.5): generate "
+        "applies its temperature afterwards. "
         "The default is the paper's algorithm. The authors' code and the `top_h` of transformers compare other sums, "
         "which bound no entropy: mode='reference' and mode='transformers'. `generate` also applies top_k=50 unless "
         "top_k=0 is given."

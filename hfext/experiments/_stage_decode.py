@@ -11,6 +11,21 @@ from ._stage_teach import load_language_model, short
 if TYPE_CHECKING:
     from .quickstart import State
 
+# Of the kind that is continued: what the n-gram store is built from.
+SENTENCES = (
+    "The best way to learn a new language is to practice it every day with people who speak it.",
+    "The best way to learn is to make mistakes and to try again.",
+    "To learn a new language, immerse yourself in the culture and listen to native speakers.",
+    "If you want to learn a language, start with the words that you use every day.",
+    "It is easier to learn a language when you read books and watch films in it.",
+    "Practice speaking as often as you can, and do not be afraid of mistakes.",
+    "A good way to remember new words is to use them in sentences of your own.",
+    "Learning a new language takes time, so it is important to be patient.",
+    "You can learn a lot by listening to music and by writing a few lines every day.",
+    "The first step is to learn the sounds of the language and its most common words.",
+    "Find a partner to speak with, and immerse yourself in the language as much as possible.",
+    "It is a good idea to learn with other people, because you can help each other.",
+)
 SAMPLERS = {
     "temperature alone": {},
     "top_p=0.9": {"top_p": 0.9},
@@ -56,20 +71,20 @@ def decode(state: "State") -> None:
         )
     state.tables[f"decode: the same question at T = {c.decode_temperature:g}"] = rows
 
+    store = decoding.NGramStore.build(SENTENCES, tokenizer)
     inputs = tokenizer(c.decode_prefix, return_tensors="pt", return_token_type_ids=False)
     begin = time.process_time()
     drafts = model.generate(
         **inputs,
         custom_generate=decoding.superposed_generate,
         num_drafts=3,
+        ngram_store=store,
         max_new_tokens=c.decode_draft_tokens,
         do_sample=False,
         return_dict_in_generate=True,
     )
     seconds = time.process_time() - begin
     texts = tokenizer.batch_decode(drafts.sequences, skip_special_tokens=True)
-    title = f"decode: three superposed drafts, {drafts.num_model_calls} model calls in all, {seconds:.1f} CPU s"
-    state.tables[title] = [
-        {"draft": i + 1, "score, nats": round(float(score), 2), "text": short(text, 90)}
-        for i, (text, score) in enumerate(zip(texts, drafts.sequences_scores, strict=True))
-    ]
+    title = f"decode: three superposed drafts (n-grams of {len(SENTENCES)} sentences), {drafts.num_model_calls} model "
+    title += f"calls in all, {seconds:.1f} CPU s"
+    state.tables[title] = [{"draft": i + 1, "text": short(text, 90)} for i, text in enumerate(texts)]

@@ -235,7 +235,7 @@ METHOD = Method(
         "method='reference'; their training scripts add the logarithms of an exact decomposition to it."
     ),
     target="hfext.metrics.efficient_eigenscore:efficient_eigenscore",
-    usage="efficient_eigenscore(embeddings, num_probes=20)",
+    usage="hfext.metrics.efficient_eigenscore.efficient_eigenscore(embeddings, num_probes=20)",
     summary="EigenScore of many answers from Chebyshev moments: products with the embeddings, no decomposition.",
     claim="The Chebyshev estimate tracks EigenScore and is about twice as fast on large matrices.",
     headline=Result(

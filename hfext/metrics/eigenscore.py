@@ -193,7 +193,7 @@ METHOD = Method(
     repo="alibaba/eigenscore",
     status="faithful",
     target="hfext.metrics.eigenscore:eigenscore",
-    usage="eigenscore(answer_embeddings(model, model.generate(**inputs, num_return_sequences=10), prompt_length))",
+    usage="hfext.metrics.eigenscore.eigenscore(hfext.metrics.answer_embeddings(model, sequences, prompt_length))",
     summary="Log-determinant of the covariance of sampled answers' hidden states: high where they disagree.",
     claim="Answers that contradict each other have a higher EigenScore than answers that agree.",
     headline=Result(
@@ -202,8 +202,10 @@ METHOD = Method(
         value="above perplexity, entropy and lexical similarity in the paper's tables (figures not re-checked)",
     ),
     notes=(
-        "Default = the authors' code: division by d - 1, decimal logarithm, alpha 1e-3; ddof=None, base=math.e is the "
-        "paper's formula. The token is the last of the answer; their code takes the one before it "
-        "(token='before_last') or the mean. No recipe: a claim about wrong answers needs a model that knows some."
+        "`sequences` are about 10 answers to one question: generate(do_sample=True, temperature=0.5, top_p=0.99, "
+        "top_k=10, num_return_sequences=10). Default = the authors' code: division by d - 1, decimal logarithm, alpha "
+        "1e-3; ddof=None, base=math.e is the paper's formula. The token is the last of the answer; their code takes "
+        "the one before it (token='before_last') or the mean. No recipe: a claim about wrong answers needs a model "
+        "that knows some."
     ),
 )

@@ -154,7 +154,13 @@ def test_other_truncation_beside_mirostat_is_warned_of(tiny_llama, warnings):
 def test_fields_without_sampling_are_warned_of(tiny_llama, warnings):
     model = decoding.enable(tiny_llama())
     greedy = sample(model, do_sample=False, top_h_alpha=0.4)
-    assert "top_h_alpha of the generation config do nothing" in warnings.text
+    assert "top_h_alpha do nothing" in warnings.text
+    sample(model, do_sample=False, logits_processor=[MirostatLogitsProcessor()])
+    assert "MirostatLogitsProcessor do nothing" in warnings.text
+    sample(model, logits_processor=[TopHLogitsProcessor(0.4)])
+    assert "decides before" not in warnings.text
+    sample(model, temperature=2.0, logits_processor=[TopHLogitsProcessor(0.4)])
+    assert "TopHLogitsProcessor decides before generate applies temperature=2.0" in warnings.text
     assert torch.equal(greedy, sample(model, do_sample=False))
 
 
@@ -199,6 +205,7 @@ def test_doctor_tells_what_a_saved_model_needs(tiny_llama, tmp_path):
     found = run.invoke(app, ["doctor", str(tmp_path / "with")])
     assert found.exit_code == 1 and "alpha is 7" in found.output
     assert run.invoke(app, ["doctor", str(tmp_path)]).exit_code == 2
+    assert "does not exist" in run.invoke(app, ["doctor", str(tmp_path / "absent")]).output
     fields = {"do_sample": True, "top_h_alpha": 0.4}
     for content, code, text in (
         ({**fields, "sampler_order": ["temperature"]}, 1, "does not name top_h_alpha"),

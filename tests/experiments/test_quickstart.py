@@ -58,8 +58,7 @@ def test_the_recipe_leaves_tables_plots_artifact_and_card(folder, tmp_path):
     assert [row["sampler"] for row in sampled] == ["temperature alone", "top_p=0.9", "top_h_alpha=0.4"]
     pools = [row["tokens to choose from"] for row in sampled]
     assert pools[0] > pools[1] > pools[2] >= 1
-    scores = [row["score, nats"] for row in drafts]
-    assert len(set(row["text"] for row in drafts)) == 3 and scores == sorted(scores, reverse=True)
+    assert [row["draft"] for row in drafts] == [1, 2, 3] and len({row["text"] for row in drafts}) == 3
 
     card = ModelCard.load(out / ADAPTER / "README.md")
     assert {"bisam", "arxiv:2407.12993"} <= set(card.data.tags) and card.data.base_model is None

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ._conformance_checks import EOS, PAD, Subject, Text, check, require, same, texts_of
+from ._conformance_checks import EOS, PAD, Failure, Subject, Text, check, require, same, texts_of
 
 
 @functools.lru_cache(maxsize=4)
@@ -48,8 +48,11 @@ class Recorder(LogitsProcessor):
         self.processor, self.calls = processor, []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        given = input_ids.clone(), scores.clone()
         out = self.processor(input_ids, scores)
-        self.calls.append((input_ids.clone(), scores.clone(), out.clone()))
+        require(torch.equal(input_ids, given[0]), "input_ids of generate were modified in place")
+        require(torch.equal(scores, given[1]), "scores of generate were modified in place")
+        self.calls.append((*given, out.clone()))
         return out
 
 
@@ -241,7 +244,12 @@ def generate_samples_with_beams(s: Subject) -> None:
     options = {"do_sample": True, "num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 5, "eos_token_id": ends}
     # Sharp rows, of which a filter leaves no more than it must.
     out = generate(s, TemperatureLogitsWarper(0.2), recorder, prompts=prompts, **options)
-    tokens_are_allowed(out, width, calls_are_straight(s, recorder, width, **kept), ends)
+    results = calls_are_straight(s, recorder, width, **kept)
+    try:
+        tokens_are_allowed(out, width, results, ends)
+    except Failure as failure:
+        hint = "" if kept else "; declare min_tokens_to_keep, which a filter needs there, if the factory takes it"
+        raise Failure(f"{failure}{hint}") from None
 
 
 @check

@@ -101,7 +101,7 @@ def run(
         if fact not in (known := [field.name for field in fields(Facts)]):
             raise TypeError(f"There is no fact {fact!r}. {suggest(fact, known)}")
     subject = Subject(make, Facts(**facts))
-    chosen = list(CHECKS) if checks is None else list(checks)
+    chosen = list(CHECKS) if checks is None else [checks] if isinstance(checks, str) else list(checks)
     for check in [*chosen, *subject.facts.exempt]:
         if check not in CHECKS:
             raise KeyError(f"No check is called {check!r}. {suggest(check, CHECKS)}")

@@ -22,6 +22,7 @@ above is the plain expectation.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,8 @@ class _Rates:
     def marginal_sign(self, k: float) -> float:
         """Sign of U(k) - U(k - 1), from terms scaled by the largest b so that they do not underflow; k may be inf."""
         weight, log_b = (self.prior * self.worth)[self.worth != 0], self.log_reject[self.worth != 0]
-        if not len(weight):
+        # Where every sample is accepted, there is no second one.
+        if not len(weight) or (k > 1 and log_b.max() == -math.inf):
             return 0.0
         with np.errstate(invalid="ignore"):
             scale = np.where(log_b == log_b.max(), 0.0, (k - 1) * (log_b - log_b.max())) if k > 1 else 0 * weight
@@ -204,11 +206,11 @@ def _last_rise(rates: _Rates, last: float) -> float:
 
 
 def _checked_limit(max_samples: int) -> int:
-    if isinstance(max_samples, bool) or not isinstance(max_samples, int):
+    if isinstance(max_samples, bool) or not isinstance(max_samples, Integral):
         raise TypeError(f"max_samples is {max_samples!r} but must be an integer.")
     if not 1 <= max_samples <= _LARGEST_CURVE:
         raise ValueError(f"max_samples is {max_samples} but must be in [1, {_LARGEST_CURVE}].")
-    return max_samples
+    return int(max_samples)
 
 
 def calibrate(correct: Tensor, accepted: Tensor) -> dict[str, Any]:

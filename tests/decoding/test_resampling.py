@@ -218,3 +218,9 @@ def test_the_loop_stops_at_acceptance_and_repeats_from_its_seed(tiny_llama):
         ResampleUntilAccepted(model, even, optimal_num_samples([1.0], [0.5], 1.0, 1.0))
     with pytest.raises(ValueError, match="do_sample"):
         ResampleUntilAccepted(model, even, 3, do_sample=False)
+
+
+def test_a_verifier_that_accepts_everything_is_asked_once():
+    for limit in ({}, {"max_samples": 7}):
+        assert optimal_num_samples([1.0], [1.0], 1.0, 1.0, **limit).num_samples == 1
+        assert optimal_num_samples([1.0], [1.0], 1.0, 0.5, 1, -2, **limit).num_samples == 1

@@ -6,6 +6,7 @@ names with stock behaviour, bit for bit.
 """
 
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -192,12 +193,13 @@ def read_training_args(path: Any) -> dict[str, Any]:
 # ---- generate -------------------------------------------------------------------------------------------------------
 
 
-def let_callables_refuse() -> None:
+def let_callables_refuse(given_streamer: contextvars.ContextVar) -> None:
     """Ask a `custom_generate` callable before `generate` prepares anything.
 
     `generate` keeps `streamer`, `assistant_model` and `tokenizer` from a callable and puts the prompt into the
     streamer, whose reader then waits for ever. A callable with an attribute `hfext_before_generate` is called there
-    with `streamer`, `assistant_model` and the other arguments, and may raise. Nobody else notices.
+    with `streamer`, `assistant_model` and the other arguments, and may raise. Nobody else notices. Inside any callable
+    `given_streamer` holds the streamer, for one that hides behind another function.
     """
 
     def wrapper(original):
@@ -206,6 +208,8 @@ def let_callables_refuse() -> None:
         def extract(self, *args, **kwargs):
             given = signature.bind(self, *args, **kwargs).arguments
             callable_ = given.get("custom_generate")
+            if callable(callable_):
+                given_streamer.set(given.get("streamer"))
             while isinstance(callable_, functools.partial):
                 callable_ = callable_.func
             ask = getattr(callable_, "hfext_before_generate", None)

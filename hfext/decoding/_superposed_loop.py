@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from ._adapters import refuse_prompt_learning
 
+# Of the `generate` that runs, where the library hooks into it; `generate` itself keeps it from a callable.
+GIVEN_STREAMER: ContextVar[Any] = ContextVar("given_streamer", default=None)
 _CARRIED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 _REASONS = {
     "do_sample": "the drafts are found without sampling: pass do_sample=False",

@@ -32,11 +32,11 @@ from transformers.utils import ModelOutput
 from .. import compat
 from ..registry import Method, Result
 from ._superposed_drafts import Drafts
-from ._superposed_loop import Stream, refuse_arguments, refuse_config
+from ._superposed_loop import GIVEN_STREAMER, Stream, refuse_arguments, refuse_config
 from ._superposed_ngrams import check_store, draft_ngrams, opened_store
 from .ngram_store import NGramStore
 
-compat.let_callables_refuse()
+compat.let_callables_refuse(GIVEN_STREAMER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +197,7 @@ def superposed_generate(
             "superposed_generate is what generate calls: model.generate(..., custom_generate=superposed_generate), or "
             "SuperposedGenerationMixin.generate_superposed(model, ...)."
         )
+    refuse_arguments(GIVEN_STREAMER.get())
     options = SuperposedConfig(
         num_drafts=num_drafts,
         temperature=temperature,

@@ -888,6 +888,19 @@ def test_adapters_of_virtual_tokens_are_refused_and_lora_is_not():
     assert torch.equal(ours, lora.generate(**kwargs))
 
 
+def test_a_plain_function_around_the_callable_ends_the_streamer_too(models):
+    streamer = TextIteratorStreamer(Letters(), timeout=5, skip_prompt=True)
+
+    def around(*args, **kwargs):
+        return superposed_generate(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="`streamer` cannot be used"):
+        models["llama"].generate(prompts(), custom_generate=around, streamer=streamer, max_new_tokens=2)
+    assert "".join(streamer) == ""
+    # The next call has none.
+    models["llama"].generate(prompts(), custom_generate=around, max_new_tokens=2, do_sample=False)
+
+
 def test_a_wrapper_with_wraps_refuses_a_streamer_too(models):
     @functools.wraps(superposed_generate)
     def wrapped(*args, **kwargs):

@@ -17,10 +17,11 @@ def bench(
     save: Annotated[bool, typer.Option(help="In a checkout, write recipes/results/bench-NAME.json.")] = True,
 ) -> None:
     """Run a benchmark; exit status 1 when a table has a row whose column `met` is false."""
-    record = execute(f"recipes/bench/{name}", context.args, output_dir or Path("out") / "bench" / name)
+    out = output_dir or Path("out") / "bench" / name
+    record = execute(f"recipes/bench/{name}", context.args, out)
     echo_tables(record)
     typer.echo(f"\n{record['seconds']:.0f} s on {place(record['machine'])}")
     if save:
-        save_result(f"bench-{name}", record)
+        save_result(f"bench-{name}", record, out)
     missed = any(row.get("met") is False for rows in record.get("tables", {}).values() for row in rows)
     raise typer.Exit(1 if missed else 0)

@@ -1,5 +1,6 @@
 """`hfext verify NAME`: the small reproduction of a paper's claim, with the paper's number beside ours."""
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,8 @@ def verify(
     if method.recipe is None:
         typer.echo(f"hfext: {name} has no recipe to verify. {method.notes}".rstrip(), err=True)
         raise typer.Exit(2)
-    record = execute(f"recipes/{method.recipe}", context.args, output_dir or Path("out") / "verify" / name)
+    out = output_dir or Path("out") / "verify" / name
+    record = execute(f"recipes/{method.recipe}", context.args, out)
     evidence = record.get("evidence")
     if not evidence:
         typer.echo(f"hfext: the recipe {method.recipe} returned no evidence.", err=True)
@@ -36,17 +38,21 @@ def verify(
     if save and context.args:
         typer.echo("not saved:  the committed result is that of the recipe as it stands")
     elif save:
-        save_result(name, record)
+        save_result(name, record, out)
     raise typer.Exit(0 if evidence["reproduced"] else 1)
 
 
-def save_result(name: str, record: dict[str, Any]) -> None:
-    """Keep a record under `recipes/results/`, where the README and the cards read it; only in a checkout."""
+def save_result(name: str, record: dict[str, Any], out: Path) -> None:
+    """Keep a record and its plots in `recipes/results/`, where README and cards read them; only in a checkout."""
     root = recipe.checkout()
     if root is None:
         return
     results = root / "recipes" / "results"
     results.mkdir(exist_ok=True)
+    for plot in (out / artifact for artifact in record.get("artifacts", []) if artifact.endswith(".png")):
+        partial = results / f".{name}-{plot.name}.tmp"
+        shutil.copyfile(plot, partial)
+        partial.replace(results / f"{name}-{plot.name}")
     recipe.write_json(results / f"{name}.json", record)
     typer.echo(f"saved:      recipes/results/{name}.json")
 

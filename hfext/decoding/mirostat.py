@@ -159,7 +159,9 @@ class MirostatLogitsProcessor(LogitsProcessor):
                 top, order = largest_first(logits, int(count.max()) + 1)
             out = keep_first(scores, logits, top, order, count, self.filter_value)
         else:
-            fewest = bits.topk(min(self.min_tokens_to_keep, vocab), largest=False).values[:, -1:]
+            few = min(self.min_tokens_to_keep, vocab)
+            # A minimum is a tenth of the time of a top-k.
+            fewest = bits.amin(-1, keepdim=True) if few == 1 else bits.topk(few, largest=False).values[:, -1:]
             out = scores.masked_fill(bits > mu[:, None].to(bits).maximum(fewest), self.filter_value)
         if self.feedback == "truncated":
             removed = (out != scores) | (scores == -math.inf)

@@ -1,8 +1,8 @@
 """Prompts for generation: MT-Bench's creative questions where the data is, else a few of our own."""
 
 import json
-import os
-from pathlib import Path
+
+from ._data import shared_data
 
 # Used where MT-Bench is not at hand, so that a recipe runs everywhere; the result says which prompts it had.
 OWN = (
@@ -20,17 +20,10 @@ OWN = (
 CREATIVE = ("writing", "roleplay", "humanities")
 
 
-def data_dir() -> Path:
-    """The folder of shared data: `HFEXT_DATA`, or `shared/data` beside the checkout."""
-    return Path(os.environ.get("HFEXT_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
-
-
 def creative_prompts(count: int, folder: str | None = None) -> tuple[list[str], str]:
     """`count` questions and the name of their source."""
-    file = Path(folder or data_dir()) / "mt_bench" / "question.jsonl"
-    if not file.is_file():
-        if folder is not None:
-            raise FileNotFoundError(f"data_dir: there is no {file}.")
+    file = shared_data("mt_bench/question.jsonl", folder)
+    if file is None:
         return [OWN[i % len(OWN)] for i in range(count)], "10 prompts of the recipe"
     questions = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     chosen = [q["turns"][0] for q in questions if q["category"] in CREATIVE]

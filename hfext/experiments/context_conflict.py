@@ -11,7 +11,6 @@ is given when it scores higher than the memorised one.
 import ast
 import csv
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .. import recipe
 from ..decoding.cad import METHOD, cad_scores
 from . import _smollm2
+from ._data import shared_data
 
 logger = logging.get_logger(__name__)
 
@@ -128,16 +127,6 @@ def memo_trap(path: Path) -> list[Question]:
     return questions
 
 
-def data_folder(config: Config) -> Path | None:
-    """Where MemoTrap lies, or None."""
-    root = recipe.checkout()
-    places = [config.data_dir or os.environ.get("HFEXT_DATA"), root and root.parent / "shared" / "data"]
-    place = next((Path(place) / "memo_trap" for place in places if place), None)
-    if config.data_dir is not None and not place.is_dir():
-        raise FileNotFoundError(f"data_dir is {config.data_dir} but holds no folder memo_trap.")
-    return place if place is not None and place.is_dir() else None
-
-
 def answer_logits(model: PreTrainedModel, prompt: list[int], answers: list[list[int]]) -> list[Tensor]:
     """For each answer the logits of its tokens, [tokens, vocab]; the prompt is run once."""
     out = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
@@ -180,7 +169,7 @@ def sign_test(gained: int, lost: int) -> float:
 def run(config: Config, out: Path) -> dict:
     alphas = list(config.alphas)
     sets = facts()
-    folder, note = data_folder(config), ""
+    folder, note = shared_data("memo_trap", config.data_dir), ""
     if folder is None or not config.rows:
         note = " MemoTrap is left out: no folder memo_trap." if config.rows else ""
     else:

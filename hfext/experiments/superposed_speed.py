@@ -6,7 +6,6 @@ under the model itself, so greedy decoding has the lowest by construction; diver
 """
 
 import math
-import os
 import random
 import statistics
 import time
@@ -19,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from .. import recipe
 from ..decoding.ngram_store import NGramStore
 from ..decoding.superposed import METHOD, superposed_generate
 from . import _smollm2
+from ._data import shared_data
 from ._text_metrics import distinct_n, self_bleu
 
 PROMPTS = (
@@ -74,14 +73,6 @@ class Config:
         for name in ("text", "corpus"):
             if getattr(self, name) is not None and not getattr(self, name).is_file():
                 raise FileNotFoundError(f"{name} is {getattr(self, name)}, which is no file.")
-
-
-def shared_file(name: str) -> Path | None:
-    """`wikitext2/<name>` of the shared data, or None."""
-    root = recipe.checkout()
-    places = [os.environ.get("HFEXT_DATA"), root and root.parent / "shared" / "data"]
-    found = [path for place in places if place and (path := Path(place) / "wikitext2" / name).is_file()]
-    return found[0] if found else None
 
 
 def paragraphs(path: Path) -> list[str]:
@@ -147,7 +138,10 @@ def methods(model: PreTrainedModel, store: NGramStore | None, config: Config) ->
 def run(config: Config, out: Path) -> dict:
     model, tokenizer = _smollm2.load()
     model.eval()
-    text, corpus = config.text or shared_file("test.txt"), config.corpus or shared_file("valid.txt")
+    text, corpus = (
+        config.text or shared_data("wikitext2/test.txt"),
+        config.corpus or shared_data("wikitext2/valid.txt"),
+    )
     texts = paragraphs(text) if text else list(PROMPTS)
     rows = [ids for ids in tokenizer(texts)["input_ids"] if len(ids) >= config.prefix_length]
     rows = random.Random(config.seed).sample(rows, min(config.prefixes, len(rows)))

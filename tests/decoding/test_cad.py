@@ -668,7 +668,7 @@ def test_the_experiment_reads_memo_trap(tmp_path):
     assert (second.null, second.answers) == ("Long absent", (" b.", " a."))
     assert context_conflict.sign_test(3, 1) == pytest.approx(5 / 16)
     with pytest.raises(FileNotFoundError, match="data_dir"):
-        context_conflict.data_folder(context_conflict.Config(data_dir=tmp_path))
+        context_conflict.shared_data("memo_trap", tmp_path)
     with pytest.raises(ValueError, match="alphas"):
         context_conflict.Config(alphas=[0.5, 1.0])
     assert all(len(questions) >= 24 for questions in context_conflict.facts().values())

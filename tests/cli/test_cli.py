@@ -26,13 +26,14 @@ def run(config, out):
     if config.data:
         raise FileNotFoundError(f"data is {config.data!r}, a folder that does not exist.")
     (out / "model").mkdir(exist_ok=True)
+    (out / "curve.png").write_bytes(b"a plot")
     evidence = {
         "claim": "sample beats base", "paper": "99.0", "metric": "accuracy", "setting": "digits", "method": "sample",
         "ours": 0.9125, "ours_sd": 0.004, "n": 3, "baseline_name": "adamw", "baseline": 0.9, "baseline_sd": None,
         "reproduced": config.reproduced, "note": "a note",
     }
     tables = {"Speed": [{"what": "a", "measured": 1.23456, "met": config.met}]}
-    return {"tables": tables, "artifacts": ["model"], **({"evidence": evidence} if config.evidence else {})}
+    return {"tables": tables, "artifacts": ["model", "curve.png"], **({"evidence": evidence} if config.evidence else {})}
 """
 
 
@@ -149,6 +150,8 @@ def test_verify_prints_both_numbers_and_saves(run, sample, tmp_path):
     assert "reproduced: yes" in result.stdout
     saved = json.loads((sample / "recipes/results/sample.json").read_text())
     assert saved == json.loads((tmp_path / "out/verify/sample/result.json").read_text())
+    assert (sample / "recipes/results/sample-curve.png").read_bytes() == b"a plot"
+    assert sorted(path.name for path in (sample / "recipes/results").iterdir()) == ["sample-curve.png", "sample.json"]
     assert "reproduced: yes" in run("show", "sample").stdout
 
 

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -243,6 +244,26 @@ def keep_unknown_fields(config: GenerationConfig) -> None:
     config._from_model_config = None
 
 
+def own_cache(model: torch.nn.Module, make: Callable[[Any, Any, dict], Any] | None) -> None:
+    """Let `make(model, generation_config, model_kwargs)` give `generate` its cache; `None` from it: the stock one.
+
+    Set on the instance alone; `make=None` takes it off again.
+    """
+    vars(model).pop("_prepare_cache_for_generation", None)
+    if make is None:
+        return
+
+    def prepare(self, generation_config, model_kwargs, *args, **kwargs):
+        cache = make(self, generation_config, model_kwargs)
+        if cache is not None:
+            model_kwargs["past_key_values"] = cache
+            return None
+        return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+
+    # A bound method: a deep copy of the model is bound to the copy.
+    vars(model)["_prepare_cache_for_generation"] = types.MethodType(prepare, model)
+
+
 # ---- torch ----------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +338,11 @@ CHECKS: list[tuple[str, str, Callable[[], None]]] = [
         "processors of generate",
         f"transformers {CHECKED_TRANSFORMERS}",
         _has(GenerationMixin, "_get_logits_processor"),
+    ),
+    (
+        "the cache of generate",
+        f"transformers {CHECKED_TRANSFORMERS}",
+        _has(GenerationMixin, "_prepare_cache_for_generation"),
     ),
     ("optimizer hook tables", f"torch {CHECKED_TORCH}", _has(torch.optim.Optimizer, "register_step_pre_hook")),
     (

@@ -53,10 +53,10 @@ def _of(path: Path) -> list[tuple[str, bool]]:
 
 def _allowed(part: str) -> set[str] | None:
     """The parts of hfext that a part may import; `None` for everything."""
-    if part in ("registry", "compat", "_fields"):
+    if part in ("registry", "compat", "_fields", "compression"):
         return set()
     if part in FAMILIES:
-        return {"registry", "compat", "_fields", part} | BASES.get(part, set())
+        return {"registry", "compat", "_fields", "compression", part} | BASES.get(part, set())
     return None
 
 

@@ -1,0 +1,133 @@
+"""A layer that stores each token as a code, once: what quantisers share.
+
+Tokens lie in two stretches, `[coded | recent]`. New tokens enter `recent` in full precision and take part in the
+attention of their own call exactly; afterwards the oldest are coded, so that `residual` stay recent. A code never
+changes. While tokens may be taken back (assisted decoding) coding waits for `crop`, so that a rejected draft leaves no
+trace.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from ._cache import CompressedLayer
+from ._state import Shared
+
+
+class CodecLayer(CompressedLayer):
+    """Keys and values are coded alone: a method gives the two codecs.
+
+    Every coded tensor is [batch, tokens / rate, ...], the rate being 1 unless `rates` names the tensor.
+
+    Attributes:
+        residual (`int`): Recent tokens kept in full precision.
+        rates (`dict[str, int]`): Tokens that share one row of a coded tensor, by name (`key_scale`).
+    """
+
+    numbers = ("seen",)
+    rates: dict[str, int] = {}
+
+    def __init__(self, shared: Shared, layer_idx: int, residual: int = 0):
+        super().__init__(shared, layer_idx)
+        self.residual = residual
+
+    @abstractmethod
+    def encode(self, side: str, x: Tensor, start: int) -> dict[str, Tensor]:
+        """Codes of the keys or values (`side` is "key" or "value") x [batch, kv_heads, tokens, head_dim].
+
+        Keys come as the model gave them, rotated; `start` is the index of the first token.
+        """
+
+    @abstractmethod
+    def decode(self, side: str, codes: dict[str, Tensor], start: int) -> Tensor:
+        """The inverse: [batch, kv_heads, tokens, head_dim] in the model's dtype, keys rotated."""
+
+    def due(self, side: str, recent: int) -> int:
+        """How many of the `recent` tokens are to be coded now, the oldest first."""
+        return max(0, recent - self.residual)
+
+    def unrotated(self, keys: Tensor, start: int) -> Tensor:
+        """Keys [batch, kv_heads, tokens, head_dim] before the rotary embedding, float32."""
+        rotary = self.shared.geometry.rotary
+        if rotary is None:
+            return keys.float()
+        return rotary.unrotate(keys.float(), *self.shared.tables(start, start + keys.shape[2]))
+
+    def rotated(self, keys: Tensor, start: int) -> Tensor:
+        """The inverse of `unrotated`."""
+        rotary = self.shared.geometry.rotary
+        if rotary is None:
+            return keys
+        return rotary.rotate(keys, *self.shared.tables(start, start + keys.shape[2]))
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        whole = []
+        for side, new in (("key", keys), ("value", values)):
+            recent = self.held.get(f"{side}_recent")
+            recent = new if recent is None else torch.cat([recent, new], dim=2)
+            old = self._decoded(side)
+            whole.append(recent if old is None else torch.cat([old, recent], dim=2))
+            self.held[f"{side}_recent"] = recent
+        self.seen += keys.shape[2]
+        if not self.record_past:
+            self.code()
+        return whole[0], whole[1]
+
+    def code(self) -> None:
+        """Code what is due."""
+        for side in ("key", "value"):
+            recent = self.held[f"{side}_recent"]
+            count = self.due(side, recent.shape[2])
+            if count == 0:
+                continue
+            codes = self.encode(side, recent[:, :, :count], self.seen - recent.shape[2])
+            for name, tensor in codes.items():
+                old = self.held.get(f"{side}_{name}")
+                self.held[f"{side}_{name}"] = tensor if old is None else torch.cat([old, tensor], dim=1)
+            self.held[f"{side}_recent"] = recent[:, :, count:].clone()
+
+    def coded(self, side: str) -> dict[str, Tensor]:
+        """The coded tensors of a side, without its prefix."""
+        return {
+            name.removeprefix(f"{side}_"): tensor
+            for name, tensor in self.held.items()
+            if name.startswith(f"{side}_") and name != f"{side}_recent"
+        }
+
+    def num_coded(self, side: str) -> int:
+        recent = self.held.get(f"{side}_recent")
+        return self.seen - (0 if recent is None else recent.shape[2])
+
+    def _decoded(self, side: str) -> Tensor | None:
+        return self.decode(side, self.coded(side), 0) if self.num_coded(side) else None
+
+    def decompressed(self) -> tuple[Tensor, Tensor]:
+        sides = []
+        for side in ("key", "value"):
+            old, recent = self._decoded(side), self.held[f"{side}_recent"]
+            sides.append(recent if old is None else torch.cat([old, recent], dim=2))
+        return sides[0], sides[1]
+
+    def drop_last(self, tokens: int) -> None:
+        """Exact: recent tokens go first, then whole rows of codes."""
+        cuts = {}
+        for side in ("key", "value"):
+            recent = self.held[f"{side}_recent"]
+            beyond = max(0, tokens - recent.shape[2])
+            cuts[f"{side}_recent"] = recent[:, :, : max(0, recent.shape[2] - tokens)]
+            for name, tensor in self.coded(side).items() if beyond else ():
+                rate = self.rates.get(f"{side}_{name}", 1)
+                if beyond % rate:
+                    raise NotImplementedError(
+                        f"{tokens} tokens cannot be taken back: {rate} tokens share one code and only "
+                        f"{recent.shape[2]} recent ones are uncoded. Make `residual_length` larger."
+                    )
+                cuts[f"{side}_{name}"] = tensor[:, : tensor.shape[1] - beyond // rate]
+        self.held.update({name: tensor.clone() for name, tensor in cuts.items()})
+        self.seen -= tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.record_past and self.is_initialized:
+            self.code()

@@ -1,0 +1,119 @@
+"""What the layers of one compressed cache share: positions, padding, and the step that is under way."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ._geometry import Geometry
+
+
+@dataclass
+class Shared:
+    """State of a cache that no layer owns. Positions are stored once, not once a layer.
+
+    Attributes:
+        positions: int32 [batch or 1, tokens], the position of every token for the rotary embedding.
+        padding: bool [batch, tokens], True for a real token; `None` when nothing is padded. Not stored: the caller
+            gives it with every call.
+        prompt_length: Tokens of the prompt when the caller said so, else `None`.
+    """
+
+    geometry: Geometry
+    dtype: torch.dtype = torch.float32
+    positions: Tensor | None = None
+    padding: Tensor | None = None
+    prompt_length: int | None = None
+    attention: str = "sdpa"
+    _tables: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def begin(self, seen: int, padding: Tensor | None) -> None:
+        """A forward begins after `seen` tokens: forget what an interrupted or cropped one left."""
+        self.padding = padding
+        self._tables = None
+        if self.positions is not None:
+            self.positions = self.positions[:, :seen] if seen else None
+
+    def note_positions(self, positions: Tensor) -> None:
+        """The rotary embedding of this forward is made for `positions` [batch or 1, tokens]."""
+        if positions.dim() != 2:
+            raise NotImplementedError(
+                f"Positions of shape {list(positions.shape)} (a row an axis of an image) are not supported by methods "
+                "that undo the rotary embedding; take one that keeps keys as they are (kivi, snapkv, h2o)."
+            )
+        new = positions.to(torch.int32)
+        old = self.positions
+        if old is not None:
+            rows = max(old.shape[0], new.shape[0])
+            new = torch.cat([old.expand(rows, -1), new.expand(rows, -1)], dim=1)
+        self.positions = new
+        self._tables = None
+
+    def tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [batch or 1, stop - start, rotated] of the tokens `start` to `stop`."""
+        if self.positions is None or self.positions.shape[1] < stop:
+            raise RuntimeError(
+                "The cache was not told the positions of its tokens. Use it with the model it was made for: "
+                "`config.make_cache(model)` or `hfext.kv_cache.apply(model, config)`."
+            )
+        if self._tables is None:
+            self._tables = self.geometry.rotary.tables(self.positions.long(), self.dtype)
+        cos, sin = self._tables
+        return cos[:, start:stop], sin[:, start:stop]
+
+    def end(self) -> None:
+        """A forward is over: nothing that can be made again is kept."""
+        self._tables = self.padding = None
+
+    def rows(self, change) -> None:
+        """Change the batch dimension of the positions, which is 1 where all rows agree."""
+        if self.positions is not None and self.positions.shape[0] > 1:
+            self.positions = change(self.positions)
+
+    def nbytes(self) -> int:
+        return 0 if self.positions is None else self.positions.numel() * self.positions.element_size()
+
+
+@dataclass
+class Step:
+    """What an attention module is about to do: its inputs, before the cache layer's `update`."""
+
+    module: nn.Module
+    hidden_states: Tensor  # [batch, tokens, hidden]
+    cos: Tensor | None
+    sin: Tensor | None
+    geometry: Geometry
+
+    def queries(self, last: int | None = None) -> Tensor:
+        """Queries after the rotary embedding [batch, heads, tokens, head_dim], of the `last` tokens if given."""
+        cut = slice(None) if last is None else slice(-last, None)
+        flat = project_queries(self.module, self.hidden_states[:, cut], self.geometry)
+        if self.cos is None:
+            return flat
+        rotary = self.geometry.rotary
+        if rotary is None:
+            raise ValueError(f"The queries cannot be made again: {self.geometry.rotary_problem}")
+        turned = rotary.rotate(flat.float(), self.cos[:, cut].float(), self.sin[:, cut].float())
+        return turned.to(flat.dtype)
+
+
+def project_queries(module: nn.Module, hidden_states: Tensor, geometry: Geometry) -> Tensor:
+    """Queries before the rotary embedding [batch, heads, tokens, head_dim], as the attention module makes them."""
+    heads, dim = geometry.num_heads, geometry.head_dim
+    batch, tokens = hidden_states.shape[:2]
+    if hasattr(module, "q_proj"):
+        flat = module.q_proj(hidden_states)
+    elif hasattr(module, "qkv_proj"):
+        flat = module.qkv_proj(hidden_states)[..., : heads * dim]
+    else:
+        raise NotImplementedError(
+            f"{type(module).__name__} has neither `q_proj` nor `qkv_proj`, so its queries cannot be made again. Take "
+            "a method that needs none (rotatekv, kivi, turboquant, xkv, streamingllm)."
+        )
+    norm = getattr(module, "q_norm", None)
+    if norm is None:
+        return flat.view(batch, tokens, heads, dim).transpose(1, 2)
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.numel() == heads * dim:  # normed over all heads (OLMo 2)
+        return norm(flat).view(batch, tokens, heads, dim).transpose(1, 2)
+    return norm(flat.view(batch, tokens, heads, dim)).transpose(1, 2)

@@ -1,0 +1,86 @@
+"""One list of configured caches; every test of `test_contract.py` runs over it, so a new method is tested by one line.
+
+A case gives a config at its lossless limit, where the cache must equal a plain one, and one that loses something. Both
+are made for a model, since some are calibrated on it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+from hfext import kv_cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method in two settings; `evicts` when it forgets tokens, `waits` when it compresses at the prompt's end."""
+
+    lossless: Callable
+    lossy: Callable
+    evicts: bool = False
+    waits: bool = False
+
+
+def data(vocabulary=128, rows=4, tokens=48):
+    return torch.randint(3, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(7))
+
+
+CASES = {
+    "kivi": Case(
+        lambda model: kv_cache.KIVIConfig(bits=16, group_size=4, residual_length=8),
+        lambda model: kv_cache.KIVIConfig(bits=2, group_size=4, residual_length=8),
+    ),
+    "turboquant": Case(
+        lambda model: kv_cache.TurboQuantConfig(bits=16, residual_length=3),
+        lambda model: kv_cache.TurboQuantConfig(bits=3, residual_length=3),
+    ),
+}
+
+SIZES = dict(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+def _build(model_class, config_class, **fields):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model_class(config_class(**{**SIZES, **fields})).eval()
+
+
+MODELS = {
+    "llama": lambda **f: _build(transformers.LlamaForCausalLM, transformers.LlamaConfig, **f),
+    "qwen3": lambda **f: _build(transformers.Qwen3ForCausalLM, transformers.Qwen3Config, head_dim=8, **f),
+    "gemma3": lambda **f: _build(
+        transformers.Gemma3ForCausalLM,
+        transformers.Gemma3TextConfig,
+        head_dim=8,
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        **f,
+    ),
+    "stablelm": lambda **f: _build(transformers.StableLmForCausalLM, transformers.StableLmConfig, **f),
+    "glm": lambda **f: _build(transformers.GlmForCausalLM, transformers.GlmConfig, head_dim=8, **f),
+    "phi3": lambda **f: _build(transformers.Phi3ForCausalLM, transformers.Phi3Config, **f),
+    "yarn": lambda **f: _build(
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        **f,
+    ),
+}

@@ -35,6 +35,7 @@ class CompressedLayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
     supports_early_init = False
+    wants_block_input = False  # what enters the decoder layer, put into `block_input` before `append`
     numbers: tuple[str, ...] = ("seen",)  # plain attributes that are saved with `held`
 
     def __init__(self, shared: Shared, layer_idx: int):
@@ -44,6 +45,7 @@ class CompressedLayer(CacheLayerMixin):
         self.record_past = False
         self.is_initialized = False
         self.step: Step | None = None
+        self.block_input: Tensor | None = None
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
 
@@ -165,7 +167,6 @@ class CompressedCache(Cache):
         ]
         super().__init__(layers=layers)
         self.compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
-        self.prefilling = True
 
     def begin(self, query_length: int, padding: Tensor | None, attention: str) -> None:
         """The model is about to run on `query_length` new tokens; `padding` is [batch, all tokens] or `None`."""
@@ -173,12 +174,12 @@ class CompressedCache(Cache):
         self.shared.begin(seen, padding)
         self.shared.attention = attention
         told = self.shared.prompt_length
-        if self.prefilling and seen and (query_length == 1 if told is None else seen >= told):
+        if self.shared.prefilling and seen and (query_length == 1 if told is None else seen >= told):
             self.finish_prefill()
 
     def finish_prefill(self) -> None:
         """Compress what waits for the end of the prompt. `generate` does so by itself; calling twice is harmless."""
-        self.prefilling = False
+        self.shared.prefilling = False
         for layer in self.compressed:
             if layer.is_initialized:
                 layer.finish_prefill()
@@ -193,7 +194,7 @@ class CompressedCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.prefilling, self.shared.positions, self.shared.prompt_length = True, None, None
+        self.shared.prefilling, self.shared.positions, self.shared.prompt_length = True, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -228,7 +229,7 @@ class CompressedCache(Cache):
             "config": self.config.to_dict(),
             "model": self.shared.geometry.facts,
             "numbers": numbers,
-            "prefilling": self.prefilling,
+            "prefilling": self.shared.prefilling,
             "dtype": str(self.shared.dtype).removeprefix("torch."),
         }
         write_tensors(path, tensors, about)
@@ -242,7 +243,7 @@ class CompressedCache(Cache):
                 raise ValueError(f"{path} holds the cache of another {name}: {about.get(name)}, not {value}.")
         self.reset()
         dtype = getattr(torch, about["dtype"])
-        self.shared.dtype, self.prefilling = dtype, about["prefilling"]
+        self.shared.dtype, self.shared.prefilling = dtype, about["prefilling"]
         self.shared.positions = tensors.pop("positions", None)
         for layer in self.compressed:
             start = f"{layer.layer_idx}."

@@ -34,6 +34,7 @@ class KVCacheConfig(QuantizationConfigMixin):
     quant_method: ClassVar[str] = "hfext"
     method: ClassVar[str] = ""
     undoes_rotary: ClassVar[bool] = False  # works on keys before the rotary embedding
+    calibration_optional: ClassVar[bool] = False  # works without `calibrate` too
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
 
     def __init_subclass__(cls, **kwargs):
@@ -103,7 +104,7 @@ class KVCacheConfig(QuantizationConfigMixin):
             shape.needs_rotary(self.method)
         self.check_model(shape)
         wanted = self.calibration_shapes(shape)
-        if wanted:
+        if wanted and not (self.calibration is None and self.calibration_optional):
             if self.calibration is None:
                 raise ValueError(
                     f"{type(self).__name__} is not calibrated: call `config = config.calibrate(model, data)` first."

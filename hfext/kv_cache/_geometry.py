@@ -24,7 +24,8 @@ class Rotary:
     module: nn.Module
     apply: Callable[..., tuple[Tensor, Tensor]]
     by_layer_type: bool
-    halves: bool = False
+    halves: bool = False  # the usual pairing, for which there is a faster way
+    part: bool = False  # the attention module cuts off the rotated channels, the first ones, by itself
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin in float32 of `positions` [batch, tokens], rounded as a model in `dtype` rounds them."""
@@ -35,6 +36,9 @@ class Rotary:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [batch, heads, tokens, head_dim] in float32, rotated."""
+        if self.part and not self.halves:
+            turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+            return torch.cat([self.apply(turned, turned[:, :0], cos, sin)[0], rest], dim=-1)
         if not self.halves:
             return self.apply(x, x[:, :0], cos, sin)[0]
         half = cos.shape[-1] // 2
@@ -105,6 +109,16 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """The modules that hold the self-attention modules, by layer index."""
+    stack = decoder(model)
+    names = {id(module): name for name, module in stack.named_modules()}
+    return {
+        index: stack.get_submodule(names[id(module)].rpartition(".")[0])
+        for index, module in attention_modules(model).items()
+    }
+
+
 def geometry(model: nn.Module) -> Geometry:
     """Look at a model. Raises `ValueError` for one that has no layer to compress."""
     model = unwrapped(model)
@@ -143,6 +157,15 @@ def _rotary_facts(config: Any) -> dict[str, Any]:
     return {key: value for key, value in sorted(parameters.items()) if isinstance(value, str | int | float)}
 
 
+def _takes_all(rotary: Rotary, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the model's function takes all channels of a head when fewer are rotated."""
+    try:
+        rotary.apply(x, x, cos, sin)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _rotary(stack: nn.Module, attention: nn.Module, head_dim: int) -> tuple[Rotary | None, str | None]:
     """The rotary embedding, or `None` with what is wrong with it (`None` when the model has none)."""
     module = rotary_module(stack)
@@ -161,6 +184,7 @@ def _rotary(stack: nn.Module, attention: nn.Module, head_dim: int) -> tuple[Rota
     x = torch.randn(1, 1, 3, head_dim, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         cos, sin = rotary.tables(torch.tensor([[1, 5, 11]], device=device), torch.float32)
+        rotary.part = cos.shape[-1] < head_dim and not _takes_all(rotary, x, cos, sin)
         turned = rotary.rotate(x, cos, sin)
         back = rotary.unrotate(turned, cos, sin)
     except Exception as error:  # a signature or a shape of another kind of embedding

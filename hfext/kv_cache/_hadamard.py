@@ -37,7 +37,9 @@ def is_hadamard_order(n: int) -> bool:
 def hadamard_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """M_n [n, n], orthonormal, made in fp64 and then cast."""
     base, power = hadamard_factor(n)
-    matrix = _paley(base)
+    # A default device of the caller's, such as "meta" while a model is loaded, must not take part.
+    with torch.device("cpu"):
+        matrix = _paley(base)
     for _ in range(power):
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return (matrix.double() / math.sqrt(n)).to(device=device, dtype=dtype)

@@ -7,6 +7,7 @@ ours every hook returns at once.
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from ..compat import attention_implementation, own_cache
 from ..compression import abandon, adopt
 from ._cache import CompressedCache, CompressedLayer
-from ._geometry import Geometry, attention_modules, decoder, rotary_module, unwrapped
+from ._geometry import Geometry, attention_modules, decoder, decoder_layers, rotary_module, unwrapped
 from ._state import Step
 
 MARK = "_hfext_kv_cache"
@@ -42,6 +43,9 @@ class Plug:
             self.handles.append(rotary.register_forward_pre_hook(self.before_rotary, with_kwargs=True))
         for module in attention_modules(model).values():
             self.handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
+        for index, module in decoder_layers(model).items():
+            hook = functools.partial(before_block, index)
+            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def __getstate__(self):
         return {**vars(self), "running": _nothing}
@@ -113,6 +117,13 @@ def compressed(cache: Any) -> CompressedCache | None:
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     return cache if isinstance(cache, CompressedCache) else None
+
+
+def before_block(index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Show a cache layer that asks for it what enters its decoder layer."""
+    cache = compressed(kwargs.get("past_key_values"))
+    if cache is not None and getattr(cache.layers[index], "wants_block_input", False):
+        cache.layers[index].block_input = kwargs.get("hidden_states", args[0] if args else None)
 
 
 def before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:

@@ -122,19 +122,16 @@ def lloyd_max_codebook(bits: int, device: torch.device | str = "cpu") -> Tensor:
     """
     if bits not in range(1, 9):
         raise ValueError(f"`bits` of a codebook must be in 1..8, got {bits!r}.")
-    return torch.tensor(_lloyd_max(bits), dtype=torch.float32, device=device)
+    # A default device of the caller's, such as "meta" while a model is loaded, must not take part.
+    with torch.device("cpu"):
+        levels = _lloyd_max(bits)
+    return torch.tensor(levels, dtype=torch.float32, device=device)
 
 
 def quantize_codebook(x: Tensor, codebook: Tensor) -> Tensor:
     """uint8 [...]: for each value of `x` the index of the nearest level of `codebook` (ascending, at most 256)."""
-    midpoints, values = (codebook[1:] + codebook[:-1]) / 2, x.to(codebook.dtype).contiguous()
-    if len(midpoints) > 15 or values.device.type != "cpu":
-        return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)
-    # A few levels on a CPU: counting the midpoints below is several times faster than a search for every value.
-    codes = torch.zeros(x.shape, dtype=torch.uint8)
-    for midpoint in midpoints.tolist():
-        codes.add_((values > midpoint).view(torch.uint8))
-    return codes
+    midpoints = (codebook[1:] + codebook[:-1]) / 2
+    return torch.bucketize(x.to(codebook.dtype).contiguous(), midpoints, out_int32=True).to(torch.uint8)
 
 
 def dequantize_codebook(codes: Tensor, codebook: Tensor) -> Tensor:
@@ -144,8 +141,13 @@ def dequantize_codebook(codes: Tensor, codebook: Tensor) -> Tensor:
 
 def random_signs(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """fp32 [n] of +1 and -1 that depend on `seed` alone; drawn on the CPU from a generator of their own."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, (n,), generator=generator).mul_(2).sub_(1).to(device=device, dtype=torch.float32)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return (
+        torch.randint(2, (n,), generator=generator, device="cpu")
+        .mul_(2)
+        .sub_(1)
+        .to(device=device, dtype=torch.float32)
+    )
 
 
 def _grouped(x: Tensor, group_size: int, dim: int, copy: bool = False) -> Tensor:

@@ -17,6 +17,7 @@ class Shared:
         padding: bool [batch, tokens], True for a real token; `None` when nothing is padded. Not stored: the caller
             gives it with every call.
         prompt_length: Tokens of the prompt when the caller said so, else `None`.
+        prefilling: The prompt is not complete yet.
     """
 
     geometry: Geometry
@@ -24,6 +25,7 @@ class Shared:
     positions: Tensor | None = None
     padding: Tensor | None = None
     prompt_length: int | None = None
+    prefilling: bool = True
     attention: str = "sdpa"
     _tables: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 

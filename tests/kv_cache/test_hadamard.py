@@ -94,6 +94,13 @@ def test_gradients_are_those_of_the_product(n):
     torch.testing.assert_close(rotate(x, n).detach(), rotate(x.detach(), n))
 
 
+def test_a_default_device_of_the_callers_takes_no_part():
+    x = torch.randn(2, 3584)
+    with torch.device("meta"):
+        assert torch.equal(hadamard_matrix(56), hadamard_matrix(56, device="cpu"))
+        assert rotate(x, 1792).device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     ("heads", "dim", "group", "block"),
     [

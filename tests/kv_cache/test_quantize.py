@@ -285,6 +285,16 @@ def test_signs_depend_on_their_seed_alone():
     assert abs(signs.sum().item()) < 4 * math.sqrt(4096)
 
 
+def test_a_default_device_of_the_callers_takes_no_part():
+    x, codebook, signs = torch.randn(3, 16), lloyd_max_codebook(3), random_signs(8, seed=0)
+    codes, stored = quantize_codebook(x, codebook), quantize_affine(x, 2, 8)
+    with torch.device("meta"):
+        assert torch.equal(lloyd_max_codebook(3), codebook) and torch.equal(random_signs(8, seed=0), signs)
+        assert torch.equal(quantize_codebook(x, codebook), codes)
+        assert all(torch.equal(a, b) for a, b in zip(quantize_affine(x, 2, 8), stored, strict=True))
+        assert lloyd_max_codebook(7).device.type == "cpu"
+
+
 def test_wrong_arguments_are_named():
     x = torch.zeros(2, 24)
     with pytest.raises(

@@ -36,6 +36,51 @@ CASES = {
         lambda model: kv_cache.TurboQuantConfig(bits=16, residual_length=3),
         lambda model: kv_cache.TurboQuantConfig(bits=3, residual_length=3),
     ),
+    "rotatekv": Case(
+        lambda model: kv_cache.RotateKVConfig(bits=16, group_size=8),
+        lambda model: kv_cache.RotateKVConfig(bits=2, group_size=8, sink_topk=2, residual_length=3).calibrate(
+            model, data()
+        ),
+    ),
+    "rotatekv_uncalibrated": Case(
+        lambda model: kv_cache.RotateKVConfig(bits=16, subtract_mean=True, reorder="before"),
+        lambda model: kv_cache.RotateKVConfig(bits=3, subtract_mean=True),
+    ),
+    "prefixkv": Case(
+        lambda model: kv_cache.PrefixKVConfig(ratio=0.0),
+        lambda model: kv_cache.PrefixKVConfig(ratio=0.5, distance=-5),
+        evicts=True,
+        waits=True,
+    ),
+    "prefixkv_offline": Case(
+        lambda model: kv_cache.PrefixKVConfig(ratio=0.0).calibrate(model, data(), ratios=[0.25, 0.5]),
+        lambda model: kv_cache.PrefixKVConfig(ratio=0.4, distance=-5).calibrate(model, data(), ratios=[0.25, 0.5]),
+        evicts=True,
+        waits=True,
+    ),
+    "snapkv": Case(
+        lambda model: kv_cache.SnapKVConfig(capacity=1.0, window=4),
+        lambda model: kv_cache.SnapKVConfig(capacity=0.5, window=4),
+        evicts=True,
+        waits=True,
+    ),
+    "h2o": Case(
+        lambda model: kv_cache.H2OConfig(heavy=0.5, recent=0.5),
+        lambda model: kv_cache.H2OConfig(heavy=8, recent=6),
+        evicts=True,
+        waits=True,
+    ),
+    "streamingllm": Case(
+        lambda model: kv_cache.StreamingLLMConfig(window=1.0),
+        lambda model: kv_cache.StreamingLLMConfig(window=12, sinks=3),
+        evicts=True,
+        waits=True,
+    ),
+    "think": Case(
+        lambda model: kv_cache.ThinKConfig(ratio=0.0),
+        lambda model: kv_cache.ThinKConfig(ratio=0.4, window=6),
+        waits=True,
+    ),
 }
 
 SIZES = dict(

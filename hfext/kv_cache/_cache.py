@@ -111,7 +111,7 @@ class CompressedLayer(CacheLayerMixin):
         self.record_past = True
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.held = {name: change(tensor) for name, tensor in self.held.items()}
+        self.held.update({name: change(tensor) for name, tensor in self.held.items()})
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -247,7 +247,7 @@ class CompressedCache(Cache):
         self.shared.positions = tensors.pop("positions", None)
         for layer in self.compressed:
             start = f"{layer.layer_idx}."
-            layer.held = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+            layer.held.update({name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)})
             for name, value in about["numbers"][str(layer.layer_idx)].items():
                 setattr(layer, name, value)
             layer.dtype, layer.is_initialized = dtype, layer.seen > 0

@@ -31,7 +31,7 @@ class Rotary:
         """cos and sin in float32 of `positions` [batch, tokens], rounded as a model in `dtype` rounds them."""
         like = torch.empty(0, dtype=dtype, device=positions.device)
         extra = (COMPRESSIBLE,) if self.by_layer_type else ()
-        cos, sin = self.module(like, positions, *extra)
+        cos, sin = self.module.forward(like, positions, *extra)  # past the hook that notes positions
         return cos.float(), sin.float()
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

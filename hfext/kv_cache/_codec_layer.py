@@ -6,6 +6,7 @@ changes. While tokens may be taken back (assisted decoding) coding waits for `cr
 trace.
 """
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ._cache import CompressedLayer
 from ._state import Shared
+
+PIECE = 2**19  # numbers that are decoded at once
 
 
 class CodecLayer(CompressedLayer):
@@ -66,8 +69,7 @@ class CodecLayer(CompressedLayer):
         for side, new in (("key", keys), ("value", values)):
             recent = self.held.get(f"{side}_recent")
             recent = new if recent is None else torch.cat([recent, new], dim=2)
-            old = self._decoded(side)
-            whole.append(recent if old is None else torch.cat([old, recent], dim=2))
+            whole.append(self._whole(side, recent))
             self.held[f"{side}_recent"] = recent
         self.seen += keys.shape[2]
         if not self.record_past:
@@ -99,15 +101,30 @@ class CodecLayer(CompressedLayer):
         recent = self.held.get(f"{side}_recent")
         return self.seen - (0 if recent is None else recent.shape[2])
 
-    def _decoded(self, side: str) -> Tensor | None:
-        return self.decode(side, self.coded(side), 0) if self.num_coded(side) else None
+    def _whole(self, side: str, recent: Tensor, reuse: bool = True) -> Tensor:
+        """Coded and recent tokens of a side, decoded piece by piece into memory that the next layer uses again."""
+        count = self.num_coded(side)
+        if count == 0:
+            return recent
+        batch, heads, new, dim = recent.shape
+        shape = (batch, heads, count + new, dim)
+        out = self.shared.scratch(side, shape, recent) if reuse else recent.new_empty(shape)
+        codes = self.coded(side)
+        # Pieces that stay in a processor's cache; a multiple of every rate.
+        unit = math.lcm(*self.rates.values()) if self.rates else 1
+        piece = max(unit, PIECE // (batch * heads * dim) // unit * unit)
+        for start in range(0, count, piece):
+            stop = min(count, start + piece)
+            part = {}
+            for name, tensor in codes.items():
+                rate = self.rates.get(f"{side}_{name}", 1)
+                part[name] = tensor[:, start // rate : stop // rate]
+            out[:, :, start:stop] = self.decode(side, part, start)
+        out[:, :, count:] = recent
+        return out
 
     def decompressed(self) -> tuple[Tensor, Tensor]:
-        sides = []
-        for side in ("key", "value"):
-            old, recent = self._decoded(side), self.held[f"{side}_recent"]
-            sides.append(recent if old is None else torch.cat([old, recent], dim=2))
-        return sides[0], sides[1]
+        return tuple(self._whole(side, self.held[f"{side}_recent"], reuse=False) for side in ("key", "value"))
 
     def drop_last(self, tokens: int) -> None:
         """Exact: recent tokens go first, then whole rows of codes."""

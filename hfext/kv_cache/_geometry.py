@@ -43,8 +43,14 @@ class Rotary:
             return self.apply(x, x[:, :0], cos, sin)[0]
         half = cos.shape[-1] // 2
         cos, sin = cos[..., :half].unsqueeze(1), sin[..., :half].unsqueeze(1)
-        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+        first, second = x[..., :half], x[..., half : 2 * half]
+        if x.requires_grad:
+            return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]], dim=-1)
+        out = torch.empty_like(x)
+        torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+        out[..., 2 * half :] = x[..., 2 * half :]
+        return out
 
     def unrotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The inverse of `rotate`."""

@@ -58,12 +58,12 @@ class Sinks:
             old = self.held.get(f"sinks_{name}")
             self.held[f"sinks_{name}"] = tensor if old is None else torch.cat([old, tensor], dim=1)
 
-    def restore(self, side: str, x: Tensor) -> Tensor:
-        """x [batch, kv_heads, coded tokens, head_dim] with the kept tokens put back, in place."""
+    def restore(self, side: str, x: Tensor, start: int) -> Tensor:
+        """x [batch, kv_heads, tokens from `start`, head_dim] with the kept tokens put back, in place."""
         index = self.held.get("sinks_index")
         if index is not None:
-            row, slot = (index >= 0).nonzero(as_tuple=True)
-            x.transpose(1, 2)[row, index[row, slot].long()] = self.held[f"sinks_{side}"][row, slot]
+            row, slot = ((index >= start) & (index < start + x.shape[2])).nonzero(as_tuple=True)
+            x.transpose(1, 2)[row, index[row, slot].long() - start] = self.held[f"sinks_{side}"][row, slot]
         return x
 
     def drop_last(self, tokens: int, seen: int) -> None:

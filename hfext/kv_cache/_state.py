@@ -28,11 +28,13 @@ class Shared:
     prefilling: bool = True
     attention: str = "sdpa"
     _tables: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _scratch: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def begin(self, seen: int, padding: Tensor | None) -> None:
         """A forward begins after `seen` tokens: forget what an interrupted or cropped one left."""
         self.padding = padding
         self._tables = None
+        self._scratch.clear()
         if self.positions is not None:
             self.positions = self.positions[:, :seen] if seen else None
 
@@ -63,9 +65,22 @@ class Shared:
         cos, sin = self._tables
         return cos[:, start:stop], sin[:, start:stop]
 
+    def scratch(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory for what a layer returns and nobody reads after its attention, so one piece serves all layers.
+
+        Fresh memory where somebody may: with gradients, and in models whose layers share keys.
+        """
+        if torch.is_grad_enabled() or "dummy" in self.geometry.layer_types:
+            return like.new_empty(shape)
+        old = self._scratch.get(name)
+        if old is None or old.shape != shape or old.dtype != like.dtype or old.device != like.device:
+            self._scratch[name] = old = like.new_empty(shape)
+        return old
+
     def end(self) -> None:
         """A forward is over: nothing that can be made again is kept."""
         self._tables = self.padding = None
+        self._scratch.clear()
 
     def rows(self, change) -> None:
         """Change the batch dimension of the positions, which is 1 where all rows agree."""

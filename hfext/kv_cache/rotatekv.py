@@ -25,7 +25,7 @@ from ._codec_layer import CodecLayer
 from ._config import KVCacheConfig, divides, in_range, one_of
 from ._geometry import Geometry, geometry, unwrapped
 from ._hadamard import rotate, rotation_block
-from ._packing import dequantize_packed, pack
+from ._packing import dequantize_packed, pack, unpack_to
 from ._quantize import quantize_affine
 from ._sinks import Sinks
 from ._state import Shared
@@ -174,6 +174,16 @@ def permuted(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(-1, order.unsqueeze(1).expand(x.shape))
 
 
+def group_members(order: Tensor, group_size: int) -> Tensor:
+    """Which channels a group holds: [batch or 1, groups, channels] of 0 and 1, from an order [.., channels].
+
+    A product with it spreads the scales of the groups over the channels, much faster than putting values in order.
+    """
+    place = order.view(-1, order.shape[-1]).argsort(-1)
+    groups = torch.arange(order.shape[-1] // group_size, device=order.device)
+    return (place.unsqueeze(1) // group_size == groups[:, None]).float()
+
+
 class RotateKVLayer(CodecLayer):
     """Held: codes [batch, tokens, packed], scales and zeros [batch, tokens, groups], and the sinks."""
 
@@ -270,31 +280,38 @@ class RotateKVLayer(CodecLayer):
             if mean is not None:
                 flat = flat - mean
         codes, scale, zero = quantize_affine(flat, cfg.bits, group, cfg.ratio)
+        if side == "key" and cfg.reorder == "after":
+            codes = permuted(codes, order.argsort(-1))  # stored in the channels' own order, see `decode`
         return {"codes": pack(codes, cfg.bits), "scale": scale, "zero": zero}
 
     def decode(self, side: str, codes: dict[str, Tensor], start: int) -> Tensor:
         cfg, shape = self.config, self.shared.geometry
         heads, dim = shape.num_kv_heads, shape.head_dim
         group = dim if side == "value" else cfg.group(shape)
-        flat = dequantize_packed(codes["codes"], codes["scale"], codes["zero"], cfg.bits, group, heads * dim)
+        order = self._order() if side == "key" else None
+        if order is not None and cfg.reorder == "after":
+            members = group_members(order, group)
+            flat = unpack_to(codes["codes"], cfg.bits, heads * dim)
+            scale = codes["scale"].float()
+            flat.mul_(scale @ members).sub_((scale * codes["zero"]) @ members)
+        else:
+            flat = dequantize_packed(codes["codes"], codes["scale"], codes["zero"], cfg.bits, group, heads * dim)
         if side == "value":
             turned = flat.unflatten(2, (heads, dim))
             if cfg.rotation != "none" and not cfg.fused_values:
                 turned = rotate(turned, rotation_block(1, dim, 1), inverse=True)
             out = turned.transpose(1, 2)
         else:
-            order, mean = self._order(), self._mean()
+            mean = self._mean()
             if mean is not None:
-                flat += mean
-            if cfg.reorder == "after":
-                flat = permuted(flat, order.argsort(-1))
+                flat += mean if cfg.reorder != "after" else permuted(mean.view(-1, 1, heads * dim), order.argsort(-1))
             if cfg.rotation != "none":
                 flat = rotate(flat, rotation_block(heads, dim, cfg.head_group), inverse=True)
             if cfg.reorder == "before":
                 flat = permuted(flat, order.argsort(-1))
             out = flat.unflatten(2, (heads, dim)).transpose(1, 2)
             out = self.rotated(out, start) if cfg.undoes_rotary else out
-        return self.sinks.restore(side, out.to(self.dtype))
+        return self.sinks.restore(side, out.to(self.dtype), start)
 
 
 METHOD = Method(

@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-from . import decoding, metrics, optim, training
+from . import decoding, kv_cache, metrics, optim, training
+from .compression import CompressionConfig
 from .decoding import (
     ContextAwareLogitsProcessor,
     MirostatLogitsProcessor,
@@ -11,14 +12,18 @@ from .decoding import (
     TopNSigmaLogitsProcessor,
     superposed_generate,
 )
+from .kv_cache import RotateKVConfig
 
 __all__ = [
+    "CompressionConfig",
     "ContextAwareLogitsProcessor",
     "MirostatLogitsProcessor",
+    "RotateKVConfig",
     "SuperposedGenerationMixin",
     "TopHLogitsProcessor",
     "TopNSigmaLogitsProcessor",
     "decoding",
+    "kv_cache",
     "metrics",
     "optim",
     "superposed_generate",

@@ -7,6 +7,7 @@ artifacts to the state and may leave a model for the stages after it:
   after, in the wording that was taught and in another one. The adapter is saved with its model card.
 - `noise`: a small ViT learns digits of which 40 % have a wrong label, with adamw, sam and bisam.
 - `decode`: SmolLM2-135M answers at T = 1.5 with and without top-H, and writes three superposed drafts.
+- `cache`: it finds a pass key in a long prompt with a plain cache, with compressed ones, and with one that forgets.
 """
 
 import os
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
 from ._facts import Fact, make_facts
+from ._stage_cache import cache
 from ._stage_decode import decode
 from ._stage_noise import noise
 from ._stage_teach import teach
@@ -47,9 +49,10 @@ class Config:
         noise_epochs, noise_batch_size, noise_learning_rate: Of its training.
         decode_prompt, decode_temperature, decode_tokens: The question that all samplers answer, and the length.
         decode_prefix, decode_draft_tokens: What the superposed drafts continue, and by how much.
+        cache_tokens: Length of the answers behind the long prompt.
     """
 
-    stages: list[str] = field(default_factory=lambda: ["teach", "noise", "decode"])
+    stages: list[str] = field(default_factory=lambda: ["teach", "noise", "decode", "cache"])
     model: str = "smollm2"
     seed: int = 0
     threads: int | None = None
@@ -79,6 +82,8 @@ class Config:
     decode_prefix: str = "The best way to learn a new language is to"
     decode_draft_tokens: int = 10
 
+    cache_tokens: int = 16
+
     def __post_init__(self):
         for name, values, known in (
             ("stages", self.stages, list(STAGES)),
@@ -93,7 +98,7 @@ class Config:
             raise ValueError(f"model is {self.model!r} but must be 'smollm2' or the folder of a saved model.")
         positive = ["shown", "lora_rank", "teach_epochs", "teach_batch_size", "teach_learning_rate", "noise_layers"]
         positive += ["noise_epochs", "noise_batch_size", "noise_learning_rate"]
-        positive += ["decode_temperature", "decode_tokens", "decode_draft_tokens"]
+        positive += ["decode_temperature", "decode_tokens", "decode_draft_tokens", "cache_tokens"]
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be above 0.")
@@ -123,7 +128,7 @@ class State:
     facts: list[Fact] = field(default_factory=list)
 
 
-STAGES: dict[str, Callable[[State], None]] = {"teach": teach, "noise": noise, "decode": decode}
+STAGES: dict[str, Callable[[State], None]] = {"teach": teach, "noise": noise, "decode": decode, "cache": cache}
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

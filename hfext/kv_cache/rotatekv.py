@@ -87,6 +87,11 @@ class RotateKVConfig(KVCacheConfig):
             in_range("group_size", self.group_size, 1, 65536)
 
     @property
+    def learns(self) -> bool:
+        """Whether these options have something to learn from text."""
+        return self.reorder != "none" or self.subtract_mean
+
+    @property
     def ratio(self) -> float:
         """The clip ratio in use."""
         return (0.8 if self.bits == 2 else 1.0) if self.clip is None else self.clip
@@ -204,10 +209,11 @@ class RotateKVLayer(CodecLayer):
         return out if self.config.prefill_exact or keys.shape[2] == 1 else self.decompressed()
 
     def due(self, side: str, recent: int) -> int:
-        learns = self.config.calibration is None and bool(self.config.calibration_shapes(self.shared.geometry))
-        if learns and "order" not in self.held and self._fewest_real() < LEARN_FROM:
-            return 0
-        return super().due(side, recent)
+        return 0 if self._learns_yet() and self._fewest_real() < LEARN_FROM else super().due(side, recent)
+
+    def _learns_yet(self) -> bool:
+        """Whether order and mean are to be learnt from the prompt, and have not been."""
+        return self.config.learns and self.config.calibration is None and not {"order", "mean"} & self.held.keys()
 
     def _fewest_real(self) -> int:
         """Real tokens of the shortest row."""
@@ -216,7 +222,7 @@ class RotateKVLayer(CodecLayer):
 
     def code(self) -> None:
         count = self.due("key", self.held["key_recent"].shape[2])
-        if count and self.config.calibration is None and "order" not in self.held:
+        if count and self._learns_yet():
             self._learn(self.held["key_recent"])
         if count:
             self.sinks.keep(count, self.seen - self.held["key_recent"].shape[2])
@@ -239,7 +245,8 @@ class RotateKVLayer(CodecLayer):
         signed, size = (self.config.turned(before, shape) * real).sum(1) / count, (before.abs() * real).sum(1) / count
         order, mean = cfg.learnt(signed, size, shape)
         kind = torch.int16 if shape.width < 2**15 else torch.int32
-        self.held["order"] = order.to(kind).contiguous()
+        if cfg.reorder != "none":
+            self.held["order"] = order.to(kind).contiguous()
         if cfg.subtract_mean:
             self.held["mean"] = mean.half()
 
@@ -284,7 +291,7 @@ class RotateKVLayer(CodecLayer):
             codes = permuted(codes, order.argsort(-1))  # stored in the channels' own order, see `decode`
         return {"codes": pack(codes, cfg.bits), "scale": scale, "zero": zero}
 
-    def decode(self, side: str, codes: dict[str, Tensor], start: int) -> Tensor:
+    def decode(self, side: str, codes: dict[str, Tensor], start: int | Tensor) -> Tensor:
         cfg, shape = self.config, self.shared.geometry
         heads, dim = shape.num_kv_heads, shape.head_dim
         group = dim if side == "value" else cfg.group(shape)

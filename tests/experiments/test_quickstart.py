@@ -19,7 +19,7 @@ from hfext.experiments.quickstart import STAGES, Config, State, threads
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}: {% endif %}"
 SMALL = dict(authors=2, fields=2, teach_epochs=15, teach_batch_size=4, teach_learning_rate=0.03, lora_rank=4)
 SMALL |= dict(noise_epochs=2, noise_batch_size=256, noise_hidden=8, noise_layers=1, threads=1)
-SMALL |= dict(decode_tokens=6, decode_draft_tokens=4)
+SMALL |= dict(decode_tokens=6, decode_draft_tokens=4, cache_tokens=4)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_the_recipe_leaves_tables_plots_artifact_and_card(folder, tmp_path):
     assert record["artifacts"] == ["teach.png", ADAPTER, "noise.png"]
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("teach.png", "noise.png"))
 
-    taught, shown, noise, sampled, drafts = record["tables"].values()
+    taught, shown, noise, sampled, drafts, caches = record["tables"].values()
     assert [row["questions"] for row in taught] == ["taught", "paraphrased"]
     # A random model knows nothing, and learns what it is taught.
     assert taught[0]["right before, %"] == 0 and taught[0]["right after, %"] >= 50
@@ -59,6 +59,9 @@ def test_the_recipe_leaves_tables_plots_artifact_and_card(folder, tmp_path):
     pools = [row["tokens to choose from"] for row in sampled]
     assert pools[0] > pools[1] > pools[2] >= 1
     assert [row["draft"] for row in drafts] == [1, 2, 3] and len({row["text"] for row in drafts}) == 3
+
+    assert caches[0]["cache"] == "plain" and caches[0]["of the plain one"] == 1
+    assert all(row["of the plain one"] < 1 for row in caches[1:])
 
     card = ModelCard.load(out / ADAPTER / "README.md")
     assert {"bisam", "arxiv:2407.12993"} <= set(card.data.tags) and card.data.base_model is None

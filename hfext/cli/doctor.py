@@ -27,7 +27,8 @@ def doctor(
 ) -> None:
     """Print versions, the GPU, optional packages, and check every private hook; exit status 1 when one is broken."""
     if path is not None:
-        raise typer.Exit(_saved_fields(path))
+        compressed = _saved_compression(path)
+        raise typer.Exit(max(compressed, _saved_fields(path)) if compressed is not None else _saved_fields(path))
     import torch
 
     from .. import compat, recipe
@@ -43,6 +44,31 @@ def doctor(
     if results:
         typer.echo(table(results))
     raise typer.Exit(0 if all(row["works"] for row in results) else 1)
+
+
+def _saved_compression(path: Path) -> int | None:
+    """Print the CompressionConfig of a saved model and check what belongs to it; None when it has none."""
+    from .. import CompressionConfig, compression
+
+    file = path / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        about = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+        if about.get("quant_method") != compression.METHOD:
+            return None
+        config = CompressionConfig.from_dict(about)
+        calibration = getattr(config.kv_cache, "calibration", None)
+        if calibration is not None:
+            calibration = calibration.filled(compression.stored_tensors(sorted(path.glob("*.safetensors"))), str(path))
+    except Exception as error:  # whatever is wrong with the file is what is to be reported
+        typer.echo(f"hfext: {file}: {type(error).__name__}: {error}", err=True)
+        return 1
+    typer.echo(f"{config}")
+    if calibration is not None:
+        typer.echo(f"calibrated on {calibration.tokens} tokens; its {len(calibration.tensors)} tensors are whole.")
+    typer.echo("`import hfext` before from_pretrained: transformers alone warns and loads the plain model and cache.")
+    return 0
 
 
 def _saved_fields(path: Path) -> int:

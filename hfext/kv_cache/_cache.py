@@ -159,7 +159,7 @@ class CompressedCache(Cache):
 
     def __init__(self, config: Any, geometry: Geometry):
         self.config = config
-        self.shared = Shared(geometry)
+        self.shared = Shared(geometry, config.undoes_rotary)
         made = config.make_layers(self.shared)
         layers = [
             made[index] if index in made else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)

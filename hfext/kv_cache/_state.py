@@ -13,6 +13,7 @@ class Shared:
     """State of a cache that no layer owns. Positions are stored once, not once a layer.
 
     Attributes:
+        keeps_positions: Whether the method undoes the rotary embedding and so needs the positions.
         positions: int32 [batch or 1, tokens], the position of every token for the rotary embedding.
         padding: bool [batch, tokens], True for a real token; `None` when nothing is padded. Not stored: the caller
             gives it with every call.
@@ -21,6 +22,7 @@ class Shared:
     """
 
     geometry: Geometry
+    keeps_positions: bool = True
     dtype: torch.dtype = torch.float32
     positions: Tensor | None = None
     padding: Tensor | None = None
@@ -40,6 +42,8 @@ class Shared:
 
     def note_positions(self, positions: Tensor) -> None:
         """The rotary embedding of this forward is made for `positions` [batch or 1, tokens]."""
+        if not self.keeps_positions:
+            return
         if positions.dim() != 2:
             raise NotImplementedError(
                 f"Positions of shape {list(positions.shape)} (a row an axis of an image) are not supported by methods "

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hfext import experiments, hub, recipe, registry
@@ -186,6 +187,24 @@ def test_card_writes_a_readme(run, sample, tmp_path):
     (folder / "hfext.json").write_text("{")
     _refused(run("card", folder), "is damaged")
     _refused(run("card", "sample"), "There is no hfext.json")
+
+
+def test_doctor_looks_at_the_cache_of_a_saved_model(run, tiny_llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from hfext import RotateKVConfig, kv_cache
+
+    model = tiny_llama()
+    config = RotateKVConfig(bits=2, group_size=8).calibrate(model, torch.arange(3, 83).view(2, 40))
+    kv_cache.apply(model, config).save_pretrained(tmp_path)
+    result = run("doctor", str(tmp_path))
+    assert result.exit_code == 0 and "RotateKVConfig(group_size=8)" in result.output
+    assert "calibrated on 80 tokens; its 2 tensors are whole" in result.output and "import hfext" in result.output
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["kv_cache.0.key_order"] = tensors["kv_cache.0.key_order"].flip(0)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    result = run("doctor", str(tmp_path))
+    assert result.exit_code == 1 and "has been changed" in result.output
 
 
 def test_doctor_reports_and_fails_on_a_broken_hook(run, monkeypatch):

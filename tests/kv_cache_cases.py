@@ -46,6 +46,23 @@ CASES = {
         lambda model: kv_cache.RotateKVConfig(bits=16, subtract_mean=True, reorder="before"),
         lambda model: kv_cache.RotateKVConfig(bits=3, subtract_mean=True),
     ),
+    "a2ats": Case(
+        lambda model: kv_cache.A2ATSConfig(topk=1.0, window=3, n_sink=2, codebook_size=8).calibrate(model, data()),
+        lambda model: kv_cache.A2ATSConfig(topk=0.1, window=4, n_sink=2, codebook_size=16).calibrate(model, data()),
+    ),
+    "a2ats_storage": Case(
+        lambda model: kv_cache.A2ATSConfig(
+            topk=1.0, window=3, codebook_size=4, storage=kv_cache.RotateKVConfig(bits=16)
+        ).calibrate(model, data(rows=1)),
+        lambda model: kv_cache.A2ATSConfig(
+            topk=0.1,
+            window=4,
+            n_sink=2,
+            codebook_size=8,
+            offload=True,
+            storage=kv_cache.RotateKVConfig(bits=4, sink_topk=2, residual_length=3).calibrate(model, data(rows=1)),
+        ).calibrate(model, data(rows=1)),
+    ),
     "prefixkv": Case(
         lambda model: kv_cache.PrefixKVConfig(ratio=0.0),
         lambda model: kv_cache.PrefixKVConfig(ratio=0.5, distance=-5),
@@ -81,6 +98,20 @@ CASES = {
         lambda model: kv_cache.ThinKConfig(ratio=0.4, window=6),
         waits=True,
     ),
+    "xkv": Case(
+        lambda model: kv_cache.XKVConfig(layer_group_size=2, rank_k=1.0, rank_v=1.0, always=True),
+        lambda model: kv_cache.XKVConfig(layer_group_size=2, rank_k=4, rank_v=6),
+        waits=True,
+    ),
+    "minicache": Case(
+        lambda model: kv_cache.MiniCacheConfig(start=0.0, retention=1.0),
+        lambda model: kv_cache.MiniCacheConfig(start=0.0),
+        waits=True,
+    ),
+    "cskv": Case(
+        lambda model: kv_cache.CSKVConfig(k_density=1.0, v_density=1.0, window=8, init="svd").calibrate(model),
+        lambda model: kv_cache.CSKVConfig(window=8, bits=4).calibrate(model, data()),
+    ),
 }
 
 SIZES = dict(
@@ -109,10 +140,12 @@ MODELS = {
     "gemma3": lambda **f: _build(
         transformers.Gemma3ForCausalLM,
         transformers.Gemma3TextConfig,
-        head_dim=8,
-        sliding_window=6,
-        layer_types=["full_attention", "sliding_attention", "full_attention"],
-        **f,
+        **{
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            **f,
+        },
     ),
     "stablelm": lambda **f: _build(transformers.StableLmForCausalLM, transformers.StableLmConfig, **f),
     "glm": lambda **f: _build(transformers.GlmForCausalLM, transformers.GlmConfig, head_dim=8, **f),

@@ -79,6 +79,26 @@ def test_the_example_decodes():
     assert "Rome" in names["tokenizer"].decode(names["answer"][0]).rpartition("France is")[2]
 
 
+@pytest.mark.real_model
+def test_the_example_compresses(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from hfext.experiments import _smollm2
+
+    _smollm2.load()
+    monkeypatch.chdir(tmp_path)
+    source = _python(README, 2)
+    local = source.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(_smollm2.cache_dir() / _smollm2.FOLDER))
+    assert local != source
+    names = {}
+    exec(compile(local, "README.md", "exec"), names)
+    start, decode = names["inputs"]["input_ids"].shape[1], names["tokenizer"].decode
+    assert "48213" in decode(names["answer"][0, start:])
+    plain = 2 * 30 * 192 * names["cache"].get_seq_length() * 4  # keys and values of 30 layers in float32
+    assert names["cache"].nbytes() < 0.25 * plain and names["again"].get_seq_length() > start
+    assert "green" in decode(names["more"][0])[-30:]
+    assert (tmp_path / "out" / "small-cache" / "model.safetensors").exists()
+
+
 def test_the_example_of_contributing_is_a_working_method(monkeypatch):
     name = "hfext.optim.sign_ascent"
     module = types.ModuleType(name)

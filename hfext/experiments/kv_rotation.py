@@ -1,4 +1,4 @@
-"""RotateKV at two bits, part by part: what rotation, order, its place before the rotary embedding, clip and sinks give.
+"""RotateKV at two bits, part by part: what rotation, order, place before the rotary embedding, clip and sinks do.
 
 SmolLM2-135M-Instruct on WikiText-2 by the protocol of `kv_quality`: the first 768 tokens of a segment prefilled with
 exact attention and compressed, the other 256 fed in calls and scored. Orders are learnt from the validation text.

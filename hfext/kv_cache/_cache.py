@@ -81,7 +81,7 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         try:
-            keys, values = self.append(key_states, value_states)
+            keys, values = self.append(owned(key_states), owned(value_states))
         finally:
             self.step = None
         return keys, values
@@ -145,6 +145,11 @@ class CompressedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of every stored tensor."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.held.values())
+
+
+def owned(x: Tensor) -> Tensor:
+    """x, copied when it is a part of something larger (a fused projection), which it would keep alive."""
+    return x if x.untyped_storage().nbytes() <= x.numel() * x.element_size() else x.clone()
 
 
 class CompressedCache(Cache):

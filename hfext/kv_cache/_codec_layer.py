@@ -3,7 +3,7 @@
 Tokens lie in two stretches, `[coded | recent]`. New tokens enter `recent` in full precision and take part in the
 attention of their own call exactly; afterwards the oldest are coded, so that `residual` stay recent. A code never
 changes. While tokens may be taken back (assisted decoding) coding waits for `crop`, so that a rejected draft leaves no
-trace.
+trace. A call may ask for some tokens alone (`wanted`); then only these are decoded.
 """
 
 import math
@@ -26,10 +26,15 @@ class CodecLayer(CompressedLayer):
     Attributes:
         residual (`int`): Recent tokens kept in full precision.
         rates (`dict[str, int]`): Tokens that share one row of a coded tensor, by name (`key_scale`).
+        wanted (`Tensor` or `None`): Tokens that the next `append` returns, int64 [batch, kv_heads, n] with -1 for
+            none, the last one new; by default all. Not with `rates`.
+        home (`torch.device` or `None`): Where codes lie; by default where the keys come from.
     """
 
     numbers = ("seen",)
     rates: dict[str, int] = {}
+    wanted: Tensor | None = None
+    home: torch.device | None = None
 
     def __init__(self, shared: Shared, layer_idx: int, residual: int = 0):
         super().__init__(shared, layer_idx)
@@ -43,8 +48,11 @@ class CodecLayer(CompressedLayer):
         """
 
     @abstractmethod
-    def decode(self, side: str, codes: dict[str, Tensor], start: int) -> Tensor:
-        """The inverse: [batch, kv_heads, tokens, head_dim] in the model's dtype, keys rotated."""
+    def decode(self, side: str, codes: dict[str, Tensor], start: int | Tensor) -> Tensor:
+        """The inverse: [batch, kv_heads, tokens, head_dim] in the model's dtype, keys rotated.
+
+        Without `rates`, `start` may be the index of every token instead, int64 [batch, tokens].
+        """
 
     def due(self, side: str, recent: int) -> int:
         """How many of the `recent` tokens are to be coded now, the oldest first."""
@@ -57,21 +65,26 @@ class CodecLayer(CompressedLayer):
             return keys.float()
         return rotary.unrotate(keys.float(), *self.shared.tables(start, start + keys.shape[2]))
 
-    def rotated(self, keys: Tensor, start: int) -> Tensor:
-        """The inverse of `unrotated`."""
+    def rotated(self, keys: Tensor, start: int | Tensor) -> Tensor:
+        """The inverse of `unrotated`; `start` may be the index of every token, int64 [batch, tokens]."""
         rotary = self.shared.geometry.rotary
         if rotary is None:
             return keys
-        return rotary.rotate(keys, *self.shared.tables(start, start + keys.shape[2]))
+        if isinstance(start, int):
+            return rotary.rotate(keys, *self.shared.tables(start, start + keys.shape[2]))
+        whole = self.shared.tables(0, self.shared.positions.shape[1])
+        rows = (x.expand(len(start), -1, -1) for x in whole)
+        return rotary.rotate(keys, *(x.gather(1, start.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in rows))
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         whole = []
         for side, new in (("key", keys), ("value", values)):
             recent = self.held.get(f"{side}_recent")
             recent = new if recent is None else torch.cat([recent, new], dim=2)
-            whole.append(self._whole(side, recent))
+            whole.append(self._whole(side, recent) if self.wanted is None else self._some(side, recent, self.wanted))
             self.held[f"{side}_recent"] = recent
         self.seen += keys.shape[2]
+        self.wanted = None
         if not self.record_past:
             self.code()
         return whole[0], whole[1]
@@ -86,6 +99,7 @@ class CodecLayer(CompressedLayer):
             codes = self.encode(side, recent[:, :, :count], self.seen - recent.shape[2])
             for name, tensor in codes.items():
                 old = self.held.get(f"{side}_{name}")
+                tensor = tensor if self.home is None else tensor.to(self.home)
                 self.held[f"{side}_{name}"] = tensor if old is None else torch.cat([old, tensor], dim=1)
             self.held[f"{side}_recent"] = recent[:, :, count:].clone()
 
@@ -118,10 +132,36 @@ class CodecLayer(CompressedLayer):
             part = {}
             for name, tensor in codes.items():
                 rate = self.rates.get(f"{side}_{name}", 1)
-                part[name] = tensor[:, start // rate : stop // rate]
+                part[name] = tensor[:, start // rate : stop // rate].to(recent.device)
             out[:, :, start:stop] = self.decode(side, part, start)
         out[:, :, count:] = recent
         return out
+
+    def _some(self, side: str, recent: Tensor, index: Tensor) -> Tensor:
+        """Tokens of a side by their index [batch, kv_heads, n]; -1 gives any."""
+        count = self.num_coded(side)
+        wide = (index - count).clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, recent.shape[-1])
+        late = recent.gather(2, wide)
+        if count == 0:
+            return late
+        early = self.decode_some(side, index.clamp(0, count - 1))
+        return torch.where((index < count).unsqueeze(-1), early, late)
+
+    def decode_some(self, side: str, index: Tensor) -> Tensor:
+        """Coded tokens by their index [batch, kv_heads, n], in any order: [batch, kv_heads, n, head_dim].
+
+        A token that any head wants is decoded once, for all of them.
+        """
+        marks = torch.zeros(len(index), self.num_coded(side), dtype=torch.bool, device=index.device)
+        tokens = marked(marks.scatter_(1, index.flatten(1), True)).clamp(min=0)
+        codes = {}
+        for name, tensor in self.coded(side).items():
+            rows = (torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * tensor.shape[1] + tokens).flatten()
+            taken = tensor.flatten(0, 1).index_select(0, rows.to(tensor.device))
+            codes[name] = taken.unflatten(0, tokens.shape).to(index.device)
+        whole = self.decode(side, codes, tokens)
+        place = (marks.cumsum(1) - 1).gather(1, index.flatten(1)).view(index.shape)
+        return whole.gather(2, place.unsqueeze(-1).expand(-1, -1, -1, whole.shape[-1]))
 
     def decompressed(self) -> tuple[Tensor, Tensor]:
         return tuple(self._whole(side, self.held[f"{side}_recent"], reuse=False) for side in ("key", "value"))
@@ -148,3 +188,13 @@ class CodecLayer(CompressedLayer):
         super().crop(tokens_to_remove)
         if self.record_past and self.is_initialized:
             self.code()
+
+
+def marked(marks: Tensor) -> Tensor:
+    """Places of the marks, bool [..., tokens], in ascending order: int64 [..., most marks], -1 behind the last."""
+    flat = marks.flatten(0, -2)
+    row, place = flat.nonzero(as_tuple=True)
+    count = flat.sum(-1)
+    out = torch.full((len(flat), int(count.max())), -1, dtype=torch.long, device=marks.device)
+    out[row, torch.arange(len(row), device=marks.device) - (count.cumsum(0) - count)[row]] = place
+    return out.unflatten(0, marks.shape[:-1])

@@ -58,10 +58,16 @@ class Sinks:
             old = self.held.get(f"sinks_{name}")
             self.held[f"sinks_{name}"] = tensor if old is None else torch.cat([old, tensor], dim=1)
 
-    def restore(self, side: str, x: Tensor, start: int) -> Tensor:
-        """x [batch, kv_heads, tokens from `start`, head_dim] with the kept tokens put back, in place."""
+    def restore(self, side: str, x: Tensor, start: int | Tensor) -> Tensor:
+        """x [batch, kv_heads, tokens from `start`, head_dim] with the kept tokens put back, in place.
+
+        `start` may be the index of every token instead, int64 [batch, tokens].
+        """
         index = self.held.get("sinks_index")
-        if index is not None:
+        if index is not None and not isinstance(start, int):
+            row, slot, token = (index.unsqueeze(2) == start.unsqueeze(1)).nonzero(as_tuple=True)
+            x.transpose(1, 2)[row, token] = self.held[f"sinks_{side}"][row, slot]
+        elif index is not None:
             row, slot = ((index >= start) & (index < start + x.shape[2])).nonzero(as_tuple=True)
             x.transpose(1, 2)[row, index[row, slot].long() - start] = self.held[f"sinks_{side}"][row, slot]
         return x

@@ -5,8 +5,8 @@ back:                           x = r S M^T level / sqrt(d)
 S flips signs at random (the same for all tokens), M is the orthonormal Hadamard matrix, the levels are those of least
 mean squared error on N(0, 1). Nothing is learnt from data and only the norm is stored: b + 16 / d bits a channel.
 
-"TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate", arXiv 2504.19874; its scalar form is that of
-HIGGS, arXiv 2411.17525. The paper's rotation is a dense random one and it has a second stage for inner products.
+"TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate", arXiv 2504.19874; its scalar form is that
+of HIGGS, arXiv 2411.17525. The paper's rotation is a dense random one and it has a second stage for inner products.
 """
 
 import math

@@ -180,8 +180,9 @@ def reachable(root):
 
 
 @every_case
-def test_nothing_is_held_that_is_not_counted(name):
-    model = MODELS["llama"]()
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_nothing_is_held_that_is_not_counted(name, kind):
+    model = MODELS[kind]()
     cache = CASES[name].lossy(model).make_cache(model)
     ids, mask = inputs()
     for steps in (0, 3, 9):

@@ -47,6 +47,7 @@ class Config:
     Args:
         method: `xkv` or `cskv`.
         segments: Text segments of 1024 tokens, 768 of them the prompt; for xkv the check of known values needs 8.
+        equal_segments: How many of them, the first, are compared at equal bytes.
         long_prompt: Tokens of the long prompts of xkv, 0 for none.
         long_texts: Number of long prompts.
         group_sizes: Layers of a group of xkv that are compared at equal bytes; 1 is added.
@@ -62,6 +63,7 @@ class Config:
 
     method: str
     segments: int = 8
+    equal_segments: int = 2
     long_prompt: int = 3072
     long_texts: int = 2
     group_sizes: list[int] = field(default_factory=lambda: [2, 5])
@@ -79,7 +81,14 @@ class Config:
             raise ValueError(f"method is {self.method!r} but must be xkv or cskv.")
         if not 0 < self.density <= 1:
             raise ValueError(f"density is {self.density} but must be in (0, 1].")
-        least = {"segments": 1, "long_prompt": 0, "long_texts": 1, "train_layers": 1, "train_steps": 1}
+        least = {
+            "segments": 1,
+            "equal_segments": 1,
+            "long_prompt": 0,
+            "long_texts": 1,
+            "train_layers": 1,
+            "train_steps": 1,
+        }
         least |= {"calibration_tokens": 512, "train_tokens": 512, "all_layers_steps": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -157,7 +166,8 @@ def run_xkv(config: Config, model: PreTrainedModel, texts: Texts) -> dict:
             row |= {"earlier study": KNOWN[name], "off by": f"{off:+.2%}", "met": abs(off) <= NEAR}
         known.append(row)
 
-    lengths = {SEGMENT - CONTINUED: (short, prompts)}
+    few = config.equal_segments
+    lengths = {SEGMENT - CONTINUED: (short[:few], prompts[:few])}
     if config.long_prompt:
         long = texts("test", config.long_texts, config.long_prompt + CONTINUED)
         lengths[config.long_prompt] = long, [record(model, ids[:, : config.long_prompt]) for ids in long]

@@ -11,7 +11,6 @@ The results of a finished method are kept in the output folder and used again wh
 import copy
 import functools
 import json
-import random
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,81 +19,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .. import __version__, kv_cache
+from .. import __version__
 from ..recipe import write_json
 from . import _smollm2
 from ._data import shared_data
+from ._kv_methods import METHODS
 from ._kv_protocol import (
     Make,
-    Question,
     Recording,
     Setting,
+    continuation_nll,
     decode_times,
     held_bytes,
     perplexity,
+    prefill,
     quality,
     record,
     replay,
     replay_difference,
 )
+from ._kv_questions import needle_questions, passkey_questions
 from ._plots import lines
 
 logger = logging.get_logger(__name__)
 
-SEGMENT, PREFILL, CALL, CONTEXT = 1024, 768, 32, 700
-FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-CITIES = ("Lisbon Oslo Cairo Lima Quito Delhi Kyoto Turin Bergen Havana Dakar Perth Sofia Riga Hanoi Nairobi").split()
+SEGMENT, PREFILL, CALL = 1024, 768, 32
 
 
-def stock(backend: str, bits: int | None = None, **fields: Any) -> Make:
-    """A `QuantizedCache` of transformers."""
-    options = fields if bits is None else {"nbits": bits, **fields}
-    return lambda model: QuantizedCache(backend, model.config, **options)
-
-
-def ours(config: str, **fields: Any) -> Make:
-    """A cache of this library: the class `config` of `hfext.kv_cache` with `fields`."""
-    return lambda model: getattr(kv_cache, config)(**fields).make_cache(model)
-
-
-# Name to a function that makes an empty cache for a model. Digits at the end are bits, or the share of tokens or
-# channels kept: plots join what is before them.
-METHODS: dict[str, Callable[[PreTrainedModel], Cache]] = {
-    "dynamic": lambda model: DynamicCache(config=model.config),
-    "fp8": stock("fp8"),
-    "quanto4": stock("quanto", 4),
-    "quanto2": stock("quanto", 2),
-    "hqq4": stock("hqq", 4, axis_key=1, axis_value=1),
-    "hqq2": stock("hqq", 2, axis_key=1, axis_value=1),
-    "kivi4": ours("KIVIConfig", bits=4, group_size=32, residual_length=32),
-    "kivi2": ours("KIVIConfig", bits=2, group_size=32, residual_length=32),
-    "turboquant4": ours("TurboQuantConfig", bits=4),
-    "turboquant3": ours("TurboQuantConfig", bits=3),
-    "turboquant2": ours("TurboQuantConfig", bits=2),
-    "turboquant_r32_2": ours("TurboQuantConfig", bits=2, residual_length=32),
-    "rotatekv4": ours("RotateKVConfig", bits=4, group_size=64),
-    "rotatekv3": ours("RotateKVConfig", bits=3, group_size=64),
-    "rotatekv2": ours("RotateKVConfig", bits=2, group_size=64),
-    "rotatekv_r32_3": ours("RotateKVConfig", bits=3, group_size=64, residual_length=32),
-    "rotatekv_r32_2": ours("RotateKVConfig", bits=2, group_size=64, residual_length=32),
-    "rotatekv_mean_r32_2": ours(
-        "RotateKVConfig", bits=2, group_size=64, residual_length=32, subtract_mean=True, reorder="none"
-    ),
-    "prefixkv50": ours("PrefixKVConfig", ratio=0.5),
-    "prefixkv25": ours("PrefixKVConfig", ratio=0.75),
-    "uniform50": ours("PrefixKVConfig", ratio=0.5, profile="uniform"),
-    "uniform25": ours("PrefixKVConfig", ratio=0.75, profile="uniform"),
-    "snapkv50": ours("SnapKVConfig", capacity=0.5),
-    "snapkv25": ours("SnapKVConfig", capacity=0.25),
-    "h2o50": ours("H2OConfig", heavy=0.25, recent=0.25),
-    "h2o25": ours("H2OConfig", heavy=0.125, recent=0.125),
-    "streamingllm50": ours("StreamingLLMConfig", window=0.5),
-    "streamingllm25": ours("StreamingLLMConfig", window=0.25),
-    "think60": ours("ThinKConfig", ratio=0.4),
-}
 # Perplexity of 8 segments in an earlier study with the same protocol, and how far a run may be from it.
 KNOWN = {
     "dynamic": 21.408,
@@ -113,6 +67,8 @@ class Config:
     Args:
         methods: Names in `METHODS`.
         segments: Text segments of 1024 tokens.
+        single: Segments whose continuation is also fed token by token, as `generate` does: then no token sees the
+            others of its call exactly. 0 for none.
         passkeys: Contexts of the pass-key and of the needle test; 0 for none.
         lengths: Context lengths of the decoding times; empty for none.
         steps: Timed tokens of each cache.
@@ -124,6 +80,7 @@ class Config:
 
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     segments: int = 8
+    single: int = 1
     passkeys: int = 20
     lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192])
     steps: int = 8
@@ -136,7 +93,7 @@ class Config:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods is {self.methods} but must be different names of {', '.join(METHODS)}.")
-        for name, least in (("segments", 1), ("passkeys", 0), ("steps", 1)):
+        for name, least in (("segments", 1), ("single", 0), ("passkeys", 0), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be >= {least}.")
         if any(length < 1 for length in self.lengths):
@@ -153,61 +110,6 @@ def text_segments(tokenizer: Any, path: Path, count: int) -> list[Tensor]:
             f"segments is {count} but {path.name} holds only {ids.shape[1] // SEGMENT} of {SEGMENT} tokens."
         )
     return list(ids[:, : count * SEGMENT].split(SEGMENT, dim=1))
-
-
-def passkey_questions(tokenizer: Any, count: int, seed: int) -> list[Question]:
-    """A 5-digit key in filler sentences, at depths (i + 0.5) / count."""
-    rng = random.Random(seed)
-    found = []
-    for i in range(count):
-        key = f"{rng.randrange(10_000, 100_000)}"
-        needle = f" The pass key is {key}. Remember it. {key} is the pass key."
-        asked = (" What is the pass key? The pass key is", f" {key}")
-        found.append(_planted(tokenizer, [FILLER] * CONTEXT, needle, (i + 0.5) / count, *asked))
-    return found
-
-
-def needle_questions(tokenizer: Any, text: str, count: int, seed: int) -> list[Question]:
-    """One sentence with a number for a city in running text."""
-    rng = random.Random(seed + 1)
-    sentences = [part + " ." for part in text[: count * CONTEXT * 12].split(" .") if part.strip()]
-    found, first = [], 0
-    for i in range(count):
-        city, number = rng.choice(CITIES), f"{rng.randrange(1000, 10_000)}"
-        needle = f" The secret number of {city} is {number} ."
-        question = _planted(
-            tokenizer,
-            sentences[first:],
-            needle,
-            (i + 0.5) / count,
-            f" The secret number of {city} is",
-            f" {number}",
-        )
-        found.append(question)
-        first = (first + 30) % max(1, len(sentences) - 200)
-    return found
-
-
-def _planted(tokenizer: Any, pieces: list[str], needle: str, depth: float, question: str, answer: str) -> Question:
-    """`pieces` cut to 700 tokens with the needle between two of them, at `depth`."""
-
-    def ids(piece: str) -> list[int]:
-        return tokenizer(piece, add_special_tokens=False).input_ids
-
-    inside = ids(needle)
-    room = CONTEXT - len(inside)
-    before: list[int] = []
-    rest: list[int] = []
-    for piece in pieces:
-        part = ids(piece)
-        if not rest and len(before) + len(part) <= depth * room:
-            before += part
-        else:
-            rest += part
-        if len(before) + len(rest) >= room:
-            break
-    context = before + inside + rest[: room - len(before)]
-    return Question(*(torch.tensor([x]) for x in (context, ids(question), ids(answer))))
 
 
 def prepared(config: Config, model: PreTrainedModel, tokenizer: Any) -> Setting:
@@ -260,14 +162,26 @@ def measured(model: PreTrainedModel, half: PreTrainedModel, make: Make, setting:
     if off > config.tolerance:
         logger.warning(f"A replayed prefill differs by {off:.2g} from a real one; every prompt is prefilled instead.")
     held = cache_bytes(half, make, first)
+    replayed = config.replay and off <= config.tolerance
     return {
-        **quality(model, make, setting, config.replay and off <= config.tolerance),
+        **quality(model, make, setting, replayed),
+        "single_nll": [one_by_one(model, make, setting, i, replayed) for i in range(config.single)],
         "replay_difference": off,
         "bytes": held,
         "bytes_fp32": cache_bytes(model, make, first),
         "ratio": held / (2 * elements(model, PREFILL)),
         "bits": 8 * held / elements(model, PREFILL),
     }
+
+
+def one_by_one(model: PreTrainedModel, make: Make, setting: Setting, index: int, replayed: bool) -> tuple[float, int]:
+    """NLL of a segment behind its prompt in calls of one token, and the number of predictions."""
+    cache, ids = make(model), setting.segments[index]
+    if replayed:
+        replay(model, cache, setting.prompts[index])
+    else:
+        prefill(model, cache, ids[:, :PREFILL])
+    return continuation_nll(model, cache, ids, PREFILL, 1)
 
 
 def kept(path: Path, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -352,6 +266,8 @@ def tables(config: Config, results: dict[str, dict], times: dict[int, dict], pre
         }
         if config.segments > 4:
             row["PPL 4"] = round(perplexity(r["nll"][:4]), 3)
+        if config.single:
+            row[f"PPL {config.single}, token by token"] = round(perplexity(r["single_nll"]), 3)
         for test in ("passkey", "needle"):
             if test in r:
                 row[f"{test} exact"], row[f"{test} tokens"] = (round(r[test][k], 3) for k in ("exact", "tokens"))
@@ -373,12 +289,35 @@ def tables(config: Config, results: dict[str, dict], times: dict[int, dict], pre
     found = {"Quality and bytes": rows}
     if near:
         found[f"Perplexity against an earlier study, within {NEAR:.0%}"] = near
+    if config.segments == 8:
+        found["Bars"] = bars(results, times, present)
     if times:
         found["CPU milliseconds of a decoded token, median"] = [
             {"method": name, **{f"{length}": round(t[name]["median_ms"], 1) for length, t in times.items()}}
             for name in present
         ]
     return found
+
+
+def bars(results: dict[str, dict], times: dict[int, dict], present: list[str]) -> list[dict[str, Any]]:
+    """What was asked of RotateKV beforehand, where the methods it takes were run."""
+    ppl = {name: perplexity(results[name]["nll"]) for name in present}
+    rows = [
+        {"what": f"perplexity of {name}", "value": round(ppl[name], 3), "bar": f"<= {bar}", "met": ppl[name] <= bar}
+        for name, bar in (("rotatekv_r32_2", 25.3), ("rotatekv_mean_r32_2", 25.1), ("rotatekv4", 21.75))
+        if name in ppl
+    ]
+    for rival in ("quanto2", "hqq2"):
+        if {rival, "rotatekv_r32_2"} <= ppl.keys():
+            value = ppl[rival] / ppl["rotatekv_r32_2"]
+            what = f"perplexity of {rival} over that of rotatekv_r32_2"
+            rows.append({"what": what, "value": round(value, 2), "bar": ">= 3", "met": value >= 3})
+    for length, t in times.items():
+        if length == 8192 and {"quanto2", "rotatekv_r32_2"} <= t.keys():
+            value = t["rotatekv_r32_2"]["median_ms"] / t["quanto2"]["median_ms"]
+            what = f"decoding time of rotatekv_r32_2 over that of quanto2, {length} tokens"
+            rows.append({"what": what, "value": round(value, 2), "bar": "<= 0.5", "met": value <= 0.5})
+    return rows
 
 
 def plots(out: Path, results: dict[str, dict], present: list[str]) -> list[Path]:

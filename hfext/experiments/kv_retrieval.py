@@ -2,13 +2,17 @@
 
 SmolLM2-135M-Instruct on WikiText-2. Codebooks are learnt on the validation file. On contexts of the test file every
 query head selects a share of the tokens, and the measure is the part of its exact attention to all tokens outside
-window and sinks that the selected ones hold. Then perplexity: segments of 1024 tokens, the first 768 prefilled, the
-rest fed one token a call, so that every prediction goes through the selection.
+window and sinks that the selected ones hold: of the sum over all heads and queries, and as a mean over them. Plain
+codes of rotated keys, with the positions of keys and queries as they are, show what the windowed rotary embedding
+costs. The error of scores is that of codes alone, against keys at the same distance, by the variance of these.
+
+Then perplexity: segments of 1024 tokens, the first 768 prefilled, the rest fed one token a call, so that every
+prediction goes through the selection.
 """
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from transformers.utils import logging
 from ..kv_cache import A2ATSConfig, StreamingLLMConfig
 from ..kv_cache._calibration import Calibration, Observed, watch
 from ..kv_cache._geometry import Geometry, geometry
-from ..kv_cache._query_aware_vq import encode, factor, score_table
+from ..kv_cache._query_aware_vq import encode, kmeans, score_table
 from ..kv_cache._retrieval import at_distance, best
 from ..kv_cache._state import project_queries
 from ..kv_cache.a2ats import METHOD, seen_by
@@ -39,7 +43,7 @@ class Config:
     """
     Args:
         topk: Share of the tokens that a query head selects.
-        codebook_size: Codes of a kv head.
+        codebook_sizes: Codes of a kv head; the evidence is about the last.
         distance: Tokens that a key is taken to be behind a query when it is scored.
         window: Latest tokens, which are not counted.
         n_sink: First tokens, which are not counted.
@@ -54,15 +58,15 @@ class Config:
     """
 
     topk: float = 0.03
-    codebook_size: int = 256
+    codebook_sizes: list[int] = field(default_factory=lambda: [16, 256])
     distance: int = 2048
     window: int = 64
     n_sink: int = 8
-    contexts: int = 3
+    contexts: int = 2
     length: int = 2048
     queries: int = 48
     calibration_texts: int = 8
-    max_iterations: int = 20
+    max_iterations: int = 10
     seeds: int = 3
     segments: int = 1
     data_dir: str | None = None
@@ -75,10 +79,13 @@ class Config:
             raise ValueError(f"segments is {self.segments} but must be >= 0.")
         if self.length % 1024 or self.length < 1024:
             raise ValueError(f"length is {self.length} but must be a multiple of 1024.")
-        self.options()
+        if not self.codebook_sizes:
+            raise ValueError("codebook_sizes is empty but must name at least one size.")
+        for size in self.codebook_sizes:
+            self.options(codebook_size=size)
 
     def options(self, **fields: Any) -> A2ATSConfig:
-        names = ("topk", "codebook_size", "distance", "window", "n_sink")
+        names = ("topk", "distance", "window", "n_sink")
         return A2ATSConfig(**{name: getattr(self, name) for name in names}, **fields)
 
 
@@ -88,76 +95,85 @@ class Attention:
 
     Attributes:
         mass: Exact attention probabilities to tokens outside window and sinks [queries, heads, tokens].
-        keys: Before the rotary embedding [1, kv_heads, tokens, head_dim].
-        turned: Queries turned for keys `distance` tokens behind [1, heads, queries, head_dim].
         logits: Exact ones [queries, heads, tokens].
+        keys, rotated: Before and after the rotary embedding [1, kv_heads, tokens, head_dim].
+        turned, queries: Turned for keys `distance` tokens behind, and as they are [1, heads, queries, head_dim].
         place: Index of every query [queries].
     """
 
     mass: Tensor
-    keys: Tensor
-    turned: Tensor
     logits: Tensor
+    keys: Tensor
+    rotated: Tensor
+    turned: Tensor
+    queries: Tensor
     place: Tensor
+
+
+Scorer = Callable[[int, Attention], Tensor]
 
 
 def attention_of(seen: Observed, shape: Geometry, config: Config) -> Attention:
     """Exact attention of some queries of a text, and what stands for it."""
     tokens = seen.keys.shape[2]
     place = torch.linspace(512, tokens - 1, config.queries).long()
-    group = shape.num_heads // shape.num_kv_heads
     rotary, step = shape.rotary, seen.step
-    rotated = rotary.rotate(seen.keys, step.cos.float(), step.sin.float())[0].repeat_interleave(group, dim=0)
-    logits = (step.queries()[0, :, place].float() @ rotated.transpose(1, 2)).transpose(0, 1) * step.module.scaling
+    rotated = rotary.rotate(seen.keys, step.cos.float(), step.sin.float())
+    queries = step.queries()[:, :, place].float()
+    logits = products(queries, rotated) * step.module.scaling
     token, here = torch.arange(tokens), place.unsqueeze(1)
     logits = logits.masked_fill((token > here).unsqueeze(1), -torch.inf)
     far = (token <= here - config.window) & (token >= config.n_sink)
     mass = logits.softmax(-1) * far.unsqueeze(1)
     flat = project_queries(step.module, step.hidden_states[:, place], shape).float()
-    return Attention(mass, seen.keys, at_distance(flat, rotary, config.distance), logits, place)
+    turned = at_distance(flat, rotary, config.distance)
+    return Attention(mass, logits, seen.keys, rotated, turned, queries, place)
 
 
-def approximate(seen: Attention, codebook: Tensor | None, lower: Tensor, inverse: Tensor) -> Tensor:
-    """Scores from codes, or without a codebook from the keys at `distance`: [queries, heads, tokens]."""
-    kv_heads = seen.keys.shape[1]
-    grouped = seen.turned[0].unflatten(0, (kv_heads, -1))
-    if codebook is None:
-        return (grouped @ seen.keys[0].unsqueeze(1).transpose(-1, -2)).flatten(0, 1).transpose(0, 1)
-    table = score_table(seen.turned, codebook, inverse)[0]
-    codes = encode(seen.keys, codebook, lower)[0].repeat_interleave(grouped.shape[1], dim=0)
+def products(queries: Tensor, keys: Tensor) -> Tensor:
+    """q . k [queries, heads, tokens] of queries [1, heads, queries, d] and keys [1, kv_heads, tokens, d]."""
+    group = queries.shape[1] // keys.shape[1]
+    return (queries[0] @ keys[0].repeat_interleave(group, dim=0).transpose(1, 2)).transpose(0, 1)
+
+
+def approximate(queries: Tensor, keys: Tensor, codebook: Tensor, lower: Tensor, inverse: Tensor) -> Tensor:
+    """The same by codes."""
+    table = score_table(queries, codebook, inverse)[0]
+    codes = encode(keys, codebook, lower)[0].repeat_interleave(queries.shape[1] // keys.shape[1], dim=0)
     return table.gather(2, codes.unsqueeze(1).expand(-1, table.shape[1], -1)).transpose(0, 1)
 
 
 def found(seen: Attention, scores: Tensor, config: Config, kv_heads: int) -> Tensor:
-    """Attention mass of selected tokens, alone and joined over a group, and of all: [3, heads], summed over queries."""
-    count = (config.topk * (seen.place + 1) + 1e-9).floor().long().clamp(min=1)
+    """Mass that heads select, that groups select together, and all of it; shares of heads, and their number: [5]."""
+    count = ((seen.place + 1).double() * config.topk + 1e-9).floor().long().clamp(min=1)
     marks = best(scores.masked_fill(seen.mass == 0, -torch.inf), count)
     group = marks.shape[1] // kv_heads
     joined = marks.unflatten(1, (kv_heads, group)).any(2).repeat_interleave(group, dim=1)
-    return torch.stack([(seen.mass * part).sum((0, 2)).double() for part in (marks, joined, torch.ones(1))])
+    own, together, whole = ((seen.mass * part).sum(-1).double() for part in (marks, joined, torch.ones(1)))
+    share = own / whole.clamp(min=1e-30)
+    return torch.stack([own.sum(), together.sum(), whole.sum(), share.sum(), torch.tensor(float(share.numel()))])
 
 
 def recalled(
-    model: PreTrainedModel, texts: Tensor, scorers: dict[str, Callable[[int, Attention], Tensor]], config: Config
-) -> dict[str, Tensor]:
-    """Mass found by every scorer, [layers, 3, heads] as in `found`, over all texts."""
+    model: PreTrainedModel, texts: Tensor, scorers: dict[str, Scorer], config: Config
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sums over all texts for every scorer: [layers, 5] as in `found`, and errors and variances [layers, 2]."""
     shape = geometry(model)
-    sums = {name: torch.zeros(len(shape.layers), 3, shape.num_heads, dtype=torch.float64) for name in scorers}
+    sums = {name: torch.zeros(len(shape.layers), 5, dtype=torch.float64) for name in scorers}
+    errors = {name: torch.zeros(len(shape.layers), 2, dtype=torch.float64) for name in scorers}
 
     def visit(observed: Observed) -> None:
         seen = attention_of(observed, shape, config)
+        reference = products(seen.turned, seen.keys)
+        spread = (reference - reference.mean()).square().sum().double()
         for name, scorer in scorers.items():
             scores = scorer(observed.layer, seen)
             sums[name][observed.layer] += found(seen, scores, config, shape.num_kv_heads)
+            error = (scores - reference).square().sum().double()
+            errors[name][observed.layer] += torch.stack([error, spread])
 
     watch(model, texts, visit, config.length)
-    return sums
-
-
-def shares(mass: Tensor) -> tuple[float, float]:
-    """Of [layers, 3, heads]: the share of all mass that heads find, and that groups find."""
-    alone, joined, whole = mass.sum((0, 2)).tolist()
-    return alone / whole, joined / whole
+    return sums, errors
 
 
 def continued(model: PreTrainedModel, make: Callable[[], Any], segments: list[Tensor]) -> tuple[float, float]:
@@ -171,71 +187,106 @@ def continued(model: PreTrainedModel, make: Callable[[], Any], segments: list[Te
     return perplexity(nll), statistics.fmean(held)
 
 
+def codebooks(
+    shape: Geometry, seen: tuple[dict[int, Tensor], dict[int, Tensor], int], config: Config
+) -> dict[tuple[str, int, int], A2ATSConfig]:
+    """A calibrated config for every variant, size and seed."""
+    keys, moments, tokens = seen
+    todo = [(name, size, seed) for name in VARIANTS for size in config.codebook_sizes for seed in range(config.seeds)]
+    learnt = {}
+    for name, size, seed in logging.tqdm(todo, desc="codebooks"):
+        options = config.options(codebook_size=size, query_aware=VARIANTS[name])
+        tensors: dict[str, Tensor] = {}
+        for index in shape.layers:
+            tensors |= options.fitted(index, keys[index], moments[index], config.max_iterations, seed)
+        options.calibration = Calibration(tensors, shape.facts, tokens)
+        learnt[name, size, seed] = options
+    return learnt
+
+
+def codes_of_rotated(shape: Geometry, keys: dict[int, Tensor], size: int, config: Config) -> Scorer:
+    """Ordinary vector quantisation without the windowed rotary embedding: keys turned at places of the whole text."""
+    generator, learnt, one = torch.Generator().manual_seed(0), {}, torch.eye(shape.head_dim)
+    one = one.expand(shape.num_kv_heads, -1, -1)
+    for index, x in keys.items():
+        place = torch.randint(config.n_sink, config.length, (1, x.shape[1]), generator=generator)
+        turned = shape.rotary.rotate(x[None], *shape.rotary.tables(place, torch.float32))[0]
+        learnt[index] = kmeans(turned, size, generator, config.max_iterations)[0]
+    return lambda index, seen: approximate(seen.queries, seen.rotated, learnt[index], one, one)
+
+
 def run(config: Config, out: Path) -> dict:
     model, tokenizer = _smollm2.load()
     model.eval()
     folder = shared_data("wikitext2", config.data_dir)
     if folder is None:
         raise FileNotFoundError("wikitext2 (valid.txt, test.txt) was not found: set data_dir or HFEXT_DATA.")
-    shape = geometry(model)
+    shape, last = geometry(model), config.codebook_sizes[-1]
     texts = torch.cat(text_segments(tokenizer, folder / "valid.txt", config.calibration_texts))
-    keys, moments, tokens = seen_by(model, texts, config.distance, config.n_sink)
+    seen = seen_by(model, texts, config.distance, config.n_sink)
+    learnt = codebooks(shape, seen, config)
 
-    learnt: dict[tuple[str, int], A2ATSConfig] = {}
-    todo = [(seed, name) for seed in range(config.seeds) for name in VARIANTS]
-    for seed, name in logging.tqdm(todo, desc="codebooks"):
-        options = config.options(query_aware=VARIANTS[name])
-        tensors: dict[str, Tensor] = {}
-        for index in shape.layers:
-            tensors |= options.fitted(index, keys[index], moments[index], config.max_iterations, seed)
-        options.calibration = Calibration(tensors, shape.facts, tokens)
-        learnt[name, seed] = options
-    keys.clear()
+    def coded(c: A2ATSConfig) -> Scorer:
+        return lambda index, seen: approximate(seen.turned, seen.keys, *c.learnt(index, seen.keys.device))
 
     generator = torch.Generator().manual_seed(0)
-    scorers: dict[str, Callable[[int, Attention], Tensor]] = {
-        f"{name} {seed}": lambda index, seen, c=c: approximate(seen, *c.learnt(index, seen.keys.device))
-        for (name, seed), c in learnt.items()
-    }
-    scorers |= {
+    alone: dict[str, Scorer] = {
+        "plain codes of rotated keys": codes_of_rotated(shape, seen[0], last, config),
+        "keys at one distance, no codes": lambda index, seen: products(seen.turned, seen.keys),
         "exact scores": lambda index, seen: seen.logits,
-        "keys at one distance, no codes": lambda index, seen: approximate(seen, None, *factor(moments[index])),
         "the latest": lambda index, seen: torch.arange(seen.logits.shape[2]).expand(seen.logits.shape).float(),
         "chance": lambda index, seen: torch.rand(seen.logits.shape, generator=generator),
     }
+    scorers = {f"{name} {size} {seed}": coded(c) for (name, size, seed), c in learnt.items()} | alone
     wanted = config.contexts * config.length // 1024
     test = torch.cat(text_segments(tokenizer, folder / "test.txt", wanted)).view(config.contexts, config.length)
-    mass = recalled(model, test, scorers, config)
+    mass, errors = recalled(model, test, scorers, config)
 
-    by_name = {name: [mass[f"{name} {seed}"] for seed in range(config.seeds)] for name in VARIANTS}
-    by_name |= {name: [x] for name, x in mass.items() if name.rpartition(" ")[0] not in VARIANTS}
-    share = {name: [shares(x) for x in runs] for name, runs in by_name.items()}
-    alone = {name: [a for a, _ in runs] for name, runs in share.items()}
-    bound = alone["exact scores"][0]
-    rows = [
-        {
-            "scores": name,
-            "mass of a head's own": round(statistics.fmean(alone[name]), 4),
-            "sd": round(statistics.stdev(alone[name]), 4) if len(runs) > 1 else None,
-            "joined in a group": round(statistics.fmean(j for _, j in runs), 4),
-            "of exact": round(statistics.fmean(alone[name]) / bound, 4),
-        }
-        for name, runs in share.items()
-    ]
-    aware, plain = (alone[name] for name in VARIANTS)
-    ratio = statistics.fmean(aware) / statistics.fmean(plain)
-    tables = {
-        f"Attention outside window and sinks that {config.topk:.0%} of the tokens hold": rows,
-        "Query-aware against plain codes": [
-            {"ratio": round(ratio, 4), "bar": BAR, "seeds": config.seeds, "met": ratio >= BAR}
-        ],
+    groups = {
+        (name, size): [f"{name} {size} {seed}" for seed in range(config.seeds)]
+        for name in VARIANTS
+        for size in config.codebook_sizes
+    } | {(name, last if "codes of" in name else None): [name] for name in alone}
+    total = {name: x.sum(0) for name, x in mass.items()}
+    share = {key: [float(total[run][0] / total[run][2]) for run in runs] for key, runs in groups.items()}
+    bound = share["exact scores", None][0]
+
+    def mean(runs: list[str], one: int, other: int) -> float:
+        return statistics.fmean(float(total[run][one] / total[run][other]) for run in runs)
+
+    rows = []
+    for (name, size), runs in groups.items():
+        off = statistics.fmean(float((errors[run][:, 0] / errors[run][:, 1]).mean()) for run in runs)
+        rows.append(
+            {
+                "scores": name,
+                "codes": size,
+                "mass": round(statistics.fmean(share[name, size]), 4),
+                "sd": round(statistics.stdev(share[name, size]), 4) if len(runs) > 1 else None,
+                "of exact": round(statistics.fmean(share[name, size]) / bound, 4),
+                "joined in a group": round(mean(runs, 1, 2), 4),
+                "mean over heads": round(mean(runs, 3, 4), 4),
+                "error of scores": round(off, 4) if name in VARIANTS else None,
+            }
+        )
+    tables = {f"Attention outside window and sinks that {config.topk:.0%} of the tokens hold": rows}
+    ratio = {
+        size: statistics.fmean(share["query-aware codes", size]) / statistics.fmean(share["plain codes", size])
+        for size in config.codebook_sizes
     }
-    note = f"Exact scores find {bound:.3f}, so query-aware codes find {statistics.fmean(aware) / bound:.1%} of that."
+    tables["Query-aware against plain codes"] = [
+        {"codes": size, "ratio": round(value, 4), "bar": BAR, "reached": value >= BAR} for size, value in ratio.items()
+    ]
+    aware, plain = (share[name, last] for name in VARIANTS)
+    note = f"Exact scores find {bound:.3f}; query-aware codes find {statistics.fmean(aware) / bound:.1%} of that, "
+    note += f"keys at one distance without codes {share['keys at one distance, no codes', None][0] / bound:.1%}, "
+    note += f"plain codes of rotated keys {share['plain codes of rotated keys', last][0] / bound:.1%}. Query-aware "
+    note += "against plain codes by size: " + ", ".join(f"{size}: {value:.3f}" for size, value in ratio.items()) + "."
     if config.segments:
         segments = text_segments(tokenizer, folder / "test.txt", config.segments)
         near = StreamingLLMConfig(window=config.window, sinks=config.n_sink, reposition=False)
         makers: dict[str, Callable[[], Any]] = {"full cache": lambda: DynamicCache(config=model.config)}
-        makers |= {name: lambda c=learnt[name, 0]: c.make_cache(model) for name in VARIANTS}
+        makers |= {name: lambda c=learnt[name, last, 0]: c.make_cache(model) for name in VARIANTS}
         makers["window and sinks alone"] = lambda: near.make_cache(model)
         tables["Perplexity in calls of one token"] = []
         for name, make in logging.tqdm(makers.items(), desc="perplexity"):
@@ -243,24 +294,20 @@ def run(config: Config, out: Path) -> dict:
             row = {"cache": name, "perplexity": round(value, 3), "KiB held": round(held / 1024, 1)}
             tables["Perplexity in calls of one token"].append(row)
             note += f" Perplexity, {name}: {value:.2f}."
-    series = {
-        name: (
-            list(range(len(runs[0]))),
-            (sum(x[:, 0].sum(1) / x[:, 2].sum(1) for x in runs) / len(runs)).tolist(),
-            None,
-        )
-        for name, runs in by_name.items()
-    }
+    series = {}
+    for (name, size), runs in groups.items():
+        by_layer = sum(mass[run][:, 0] / mass[run][:, 2] for run in runs) / len(runs)
+        series[f"{name}, {size}" if size else name] = (list(range(len(by_layer))), by_layer.tolist(), None)
     picture = lines(
         out / "recall.png", series, "layer", f"attention found by {config.topk:.0%} of the tokens", "SmolLM2-135M"
     )
     return {
         "evidence": {
             "claim": METHOD.claim,
-            "paper": "query-aware codes need fewer tokens than plain ones for the same accuracy",
+            "paper": "less loss of accuracy than other retrieval at similar or lower cost (Llama-3.1-8B-Instruct)",
             "metric": f"share of the attention outside window and sinks found by {config.topk:.0%} of the tokens",
             "setting": f"SmolLM2-135M-Instruct, WikiText-2 test, {config.contexts} texts of {config.length} tokens, "
-            f"{config.codebook_size} codes learnt on {tokens} tokens",
+            f"{last} codes learnt on {seen[2]} tokens",
             "method": "a2ats",
             "ours": round(statistics.fmean(aware), 4),
             "ours_sd": round(statistics.stdev(aware), 4) if len(aware) > 1 else None,
@@ -268,8 +315,8 @@ def run(config: Config, out: Path) -> dict:
             "baseline_name": "plain vector quantisation",
             "baseline": round(statistics.fmean(plain), 4),
             "baseline_sd": round(statistics.stdev(plain), 4) if len(plain) > 1 else None,
-            "reproduced": ratio >= BAR,
-            "note": f"Reproduced means at least {BAR} times plain codes; it is {ratio:.3f}. {note}",
+            "reproduced": ratio[last] >= BAR,
+            "note": f"Reproduced means at least {BAR} times plain codes; it is {ratio[last]:.3f}. {note}",
         },
         "tables": tables,
         "artifacts": [str(picture)],

@@ -40,7 +40,7 @@ def chosen(scores: Tensor, real: Tensor, kv_heads: int, topk: float, window: int
     rank = real.cumsum(-1)
     place = torch.arange(real.shape[1], device=real.device)
     always = real & ((place >= len(place) - window) | (rank <= n_sink))
-    count = (rank[:, -1] * topk + 1e-9).floor().long().clamp(min=1)  # 0.29 * 100 is a little less than 29
+    count = (rank[:, -1].double() * topk + 1e-9).floor().long().clamp(min=1)  # 0.29 * 100 is a little less than 29
     free = (real & ~always)[:, None, :-1]
     far = best(scores.masked_fill(~free, -torch.inf), count).unflatten(1, (kv_heads, -1)).any(2)
     marks = always[:, None].repeat(1, kv_heads, 1)

@@ -246,6 +246,7 @@ def test_a_missing_package_is_a_row_and_not_the_end(tmp_path, monkeypatch):
     assert found["missing"] == "no quanto" and not (tmp_path / "quanto2.json").exists()
     one = {
         "nll": [(3.0, 1)] * 8,
+        "single_nll": [(3.0, 1)],
         "bits": 16.0,
         "ratio": 1.0,
         "bytes": 1024,

@@ -277,13 +277,12 @@ def bound(model, config, texts):
     return tuple(ChannelFactors(model, c)(ids).loss.item() for c in (best, config))
 
 
-@pytest.mark.parametrize("init", ["svd", "asvd"])
-def test_training_comes_within_two_percent_of_the_closed_form_and_never_below(init, tmp_path):
+def test_training_comes_within_two_percent_of_the_closed_form_and_never_below(tmp_path):
     model = MODELS["llama"](num_hidden_layers=2)
     model.model.embed_tokens.weight.data *= torch.logspace(0, 1, 32)  # channels of different sizes
-    config = CSKVConfig(init=init).calibrate(model, torch.tensor([row["input_ids"] for row in rows()]))
+    config = CSKVConfig(init="asvd").calibrate(model, torch.tensor([row["input_ids"] for row in rows()]))
     before = copy.deepcopy(model.state_dict())
-    trainer = trained(tmp_path, model, config, steps=150, per_device_train_batch_size=8)
+    trainer = trained(tmp_path, model, config, steps=100, lr=2e-2, per_device_train_batch_size=8)
     trainer.train()
     best, first = bound(model, config, rows())
     _, last = bound(model, trainer.config, rows())
@@ -317,7 +316,7 @@ def test_loss_is_that_of_the_formula(tmp_path):
         x = hidden[mask.bool()]
         for side in "kv":
             down, up = (config.calibration.layer(index, f"{side}_{part}") for part in ("down", "up"))
-            want += float((getattr(module, f"{side}_proj")(x) - x @ down.T @ up.T).square().mean())
+            want += (getattr(module, f"{side}_proj")(x) - x @ down.T @ up.T).square().mean().item()
     assert ChannelFactors(model, config)(ids, mask).loss.item() == pytest.approx(want, rel=1e-4)
 
 

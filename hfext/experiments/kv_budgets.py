@@ -201,5 +201,5 @@ def run(config: Config, out: Path) -> dict:
                 mass_kept(model, segments[0][:, :PREFILL], 1 - kept) for kept in config.kept
             ],
         },
-        "artifacts": [str(picture)],
+        "artifacts": [picture.name],
     }

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from ..kv_cache import CSKVConfig, KVCacheConfig, MiniCacheConfig, XKVConfig
@@ -34,6 +35,7 @@ from ..kv_cache.xkv import report
 from . import _smollm2
 from ._data import shared_data
 from ._kv_protocol import Recording, continuation_nll, perplexity, record, replay
+from ._quiet_trainer import Bar
 from .kv_quality import CALL, SEGMENT, text_segments
 
 CONTINUED, NEAR = 256, 0.02
@@ -133,7 +135,7 @@ def xkv_within(budget: int, tokens: int, size: int, shape: Geometry) -> XKVConfi
     """xKV with ranks of keys to values as 2 to 3, whole multiples of the group, within `budget` bytes in float32."""
     groups = XKVConfig(layer_group_size=size).layer_groups(shape)
     best = None
-    for each in range(1, shape.width + 1):
+    for each in range(1, 2 * shape.width + 1):
         k, v = 2 * each * size // 5, 3 * each * size // 5
         needs = sum(factor_bytes(tokens, r * len(g) // size, len(g), shape.width, 4) for g in groups for r in (k, v))
         if k and needs <= budget and v <= size * shape.width:
@@ -295,10 +297,12 @@ def train(config: CSKVConfig, model: PreTrainedModel, ids: Tensor, steps: int, r
             use_cpu=True,
             report_to=[],
             save_strategy="no",
-            logging_steps=max(1, steps // 10),
+            logging_strategy="no",
             disable_tqdm=True,
         )
         trainer = CSKVTrainer(model, config, args, train_dataset=[{"input_ids": row} for row in ids])
+        trainer.add_callback(Bar(f"training {len(model.model.layers)} layers"))
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         return trainer.config
 

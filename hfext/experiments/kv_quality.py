@@ -246,7 +246,7 @@ def run(config: Config, out: Path) -> dict:
     }
     return {
         "tables": tables(config, results, times, present),
-        "artifacts": [str(path) for path in plots(out, results, present)],
+        "artifacts": [path.name for path in plots(out, results, present)],
     }
 
 

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -244,24 +243,56 @@ def keep_unknown_fields(config: GenerationConfig) -> None:
     config._from_model_config = None
 
 
+class _OwnCache:
+    """Stands for `_prepare_cache_for_generation` on one model; copied and pickled with it."""
+
+    def __init__(self, model: torch.nn.Module, make: Callable[[Any, Any, dict], Any]):
+        self.model, self.make = model, make
+
+    def __call__(self, generation_config, model_kwargs, *args, **kwargs):
+        cache = self.make(self.model, generation_config, model_kwargs)
+        if cache is not None:
+            model_kwargs["past_key_values"] = cache
+            return None
+        stock = type(self.model)._prepare_cache_for_generation
+        return stock(self.model, generation_config, model_kwargs, *args, **kwargs)
+
+
 def own_cache(model: torch.nn.Module, make: Callable[[Any, Any, dict], Any] | None) -> None:
     """Let `make(model, generation_config, model_kwargs)` give `generate` its cache; `None` from it: the stock one.
 
     Set on the instance alone; `make=None` takes it off again.
     """
-    vars(model).pop("_prepare_cache_for_generation", None)
-    if make is None:
-        return
+    name = "_prepare_cache_for_generation"
+    if isinstance(vars(model).get(name), _OwnCache):
+        del vars(model)[name]
+    if make is not None:
+        vars(model)[name] = _OwnCache(model, make)
 
-    def prepare(self, generation_config, model_kwargs, *args, **kwargs):
-        cache = make(self, generation_config, model_kwargs)
-        if cache is not None:
-            model_kwargs["past_key_values"] = cache
-            return None
-        return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
 
-    # A bound method: a deep copy of the model is bound to the copy.
-    vars(model)["_prepare_cache_for_generation"] = types.MethodType(prepare, model)
+class _OwnSave:
+    """Stands for `save_pretrained` on one model; copied and pickled with it."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def __call__(self, *args, **kwargs):
+        given = inspect.signature(type(self.model).save_pretrained).bind(self.model, *args, **kwargs).arguments
+        quantizer = self.model.hf_quantizer
+        quantizer.given = given.get("state_dict")
+        try:
+            return type(self.model).save_pretrained(self.model, *args, **kwargs)
+        finally:
+            quantizer.given = None
+
+
+def own_save(model: torch.nn.Module, on: bool) -> None:
+    """Tell `model.hf_quantizer.given` the `state_dict` that `save_pretrained` is given, which transformers replaces by
+    what the quantiser returns. Set on the instance alone; `on=False` takes it off again."""
+    if isinstance(vars(model).get("save_pretrained"), _OwnSave):
+        del vars(model)["save_pretrained"]
+    if on:
+        vars(model)["save_pretrained"] = _OwnSave(model)
 
 
 # ---- torch ----------------------------------------------------------------------------------------------------------

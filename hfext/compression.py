@@ -27,6 +27,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .compat import own_save
+
 METHOD = "hfext"
 PREFIX = "kv_cache."
 READERS: dict[str, Callable[[dict[str, Any]], Any]] = {}
@@ -106,6 +108,10 @@ class CacheSlot:
         self.compression = joined(config)
         super().__init__(self.compression.weights or self.compression, **kwargs)
         self.read: dict[str, torch.Tensor] = {}
+        self.given: dict[str, torch.Tensor] | None = None
+
+    def __reduce__(self):
+        return _remade, (type(self).__mro__[2], vars(self))
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any):
         if self.pre_quantized and checkpoint_files:
@@ -117,6 +123,7 @@ class CacheSlot:
     def postprocess_model(self, model: nn.Module, **kwargs: Any):
         made = super().postprocess_model(model, **kwargs)
         model.config.quantization_config = self.compression
+        own_save(model, True)
         cache = self.compression.kv_cache
         if cache is not None:
             cache.attach(model, self.read)
@@ -125,11 +132,23 @@ class CacheSlot:
 
     def get_state_dict_and_metadata(self, model: nn.Module):
         state, metadata = super().get_state_dict_and_metadata(model)
+        state = self.given if state is None else state
         cache = self.compression.kv_cache
         extra = {} if cache is None else {PREFIX + name: x for name, x in cache.stored().items()}
         if extra:
             state = {**(model.state_dict() if state is None else state), **extra}
         return state, metadata
+
+
+def _joined_class(inner: type[HfQuantizer]) -> type[HfQuantizer]:
+    return type(f"Compression{inner.__name__}", (CacheSlot, inner), {})
+
+
+def _remade(inner: type[HfQuantizer], state: dict[str, Any]) -> HfQuantizer:
+    """A quantiser from a pickle."""
+    made = object.__new__(_joined_class(inner))
+    vars(made).update(state)
+    return made
 
 
 class NoWeights(HfQuantizer):
@@ -155,7 +174,7 @@ def quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
     """The quantiser of a config: that of its weights with the cache's part before it."""
     weights = joined(config).weights
     inner = NoWeights if weights is None else type(AutoHfQuantizer.from_config(weights, **kwargs))
-    return type(f"Compression{inner.__name__}", (CacheSlot, inner), {})(config, **kwargs)
+    return _joined_class(inner)(config, **kwargs)
 
 
 class CompressionQuantizer(HfQuantizer):
@@ -191,11 +210,11 @@ def adopt(model: nn.Module, cache: Any) -> None:
     if old is None:
         new = quantizer(cache, pre_quantized=False)
     else:
-        new = object.__new__(type(f"Compression{type(old).__name__}", (CacheSlot, type(old)), {}))
         config = CompressionConfig(weights=old.quantization_config, kv_cache=cache)
-        vars(new).update(vars(old), compression=config, read={}, adopted=old)
+        new = _remade(type(old), {**vars(old), "compression": config, "read": {}, "given": None, "adopted": old})
     model.hf_quantizer = new
     model.config.quantization_config = new.compression
+    own_save(model, True)
 
 
 def abandon(model: nn.Module) -> None:
@@ -203,6 +222,7 @@ def abandon(model: nn.Module) -> None:
     found = getattr(model, "hf_quantizer", None)
     if not isinstance(found, CacheSlot):
         return
+    own_save(model, False)
     if found.compression.weights is None:
         found.remove_quantization_config(model)
         return

@@ -179,6 +179,18 @@ def test_trainer_takes_a_model_with_a_cache(saved, tmp_path):
     assert not torch.equal(before, model.lm_head.weight)
 
 
+def test_state_dict_given_to_save_pretrained_is_what_is_saved(saved, tmp_path):
+    """As FSDP and DeepSpeed save."""
+    model, _ = saved
+    kv_cache.apply(model, rotated(model))
+    given = {name: x + 1 for name, x in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "g", state_dict=given)
+    held = load_file(tmp_path / "g" / "model.safetensors")
+    assert torch.equal(held["model.norm.weight"], given["model.norm.weight"]) and "kv_cache.0.key_order" in held
+    model.save_pretrained(tmp_path / "h")
+    assert torch.equal(load_file(tmp_path / "h" / "model.safetensors")["model.norm.weight"], model.model.norm.weight)
+
+
 @pytest.mark.slow
 def test_checkpoint_without_hfext_is_a_plain_model(saved, tmp_path):
     """Only a warning and the plain cache, as the documentation says."""

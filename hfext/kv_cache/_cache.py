@@ -77,8 +77,20 @@ class CompressedLayer(CacheLayerMixin):
         self.shared.dtype = key_states.dtype
         self.is_initialized = True
 
+    def fits(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Refuse keys and values of other heads than the geometry has."""
+        shape = self.shared.geometry
+        wanted = [shape.num_kv_heads, shape.head_dim]
+        got = [[x.shape[1], x.shape[3]] for x in (key_states, value_states)]
+        if got != [wanted, wanted]:
+            raise NotImplementedError(
+                f"Layer {self.layer_idx} gives keys and values of [heads, channels] {got} where the config says "
+                f"{wanted} of both. Such a model needs its own cache: `hfext.kv_cache.remove(model)`."
+            )
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
+            self.fits(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         try:
             keys, values = self.append(owned(key_states), owned(value_states))
@@ -101,9 +113,11 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(
                 f"crop({tokens_to_remove}) is not possible: give the number of tokens to drop as a negative number."
             )
+        if not self.is_initialized:
+            return
         if -tokens_to_remove > self.seen:
             raise ValueError(f"crop({tokens_to_remove}) drops more than the {self.seen} tokens that were seen.")
-        if self.is_initialized and tokens_to_remove < 0:
+        if tokens_to_remove < 0:
             self.drop_last(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:
@@ -199,7 +213,8 @@ class CompressedCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.shared.prefilling, self.shared.positions, self.shared.prompt_length = True, None, None
+        self.shared.prefilling, self.shared.recording = True, False
+        self.shared.positions = self.shared.padding = self.shared.prompt_length = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -213,12 +228,18 @@ class CompressedCache(Cache):
         super().batch_select_indices(indices)
         self.shared.rows(lambda x: x[indices.to(x.device)])
 
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        self.shared.recording = True
+
     def crop(self, tokens_to_remove: int) -> None:
         for layer in self.compressed:  # a refusal comes before the first layer has changed
-            if -tokens_to_remove > layer.seen or (tokens_to_remove < 0 and not layer.is_croppable):
+            if layer.is_initialized and (
+                -tokens_to_remove > layer.seen or (tokens_to_remove < 0 and not layer.is_croppable)
+            ):
                 layer.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
-        self.shared.begin(self.compressed[0].seen, None)
+        self.shared.crop(self.compressed[0].seen)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the compressed prompt to one safetensors file, to be read by `config.load_cache(model, path)`."""
@@ -231,6 +252,7 @@ class CompressedCache(Cache):
         if self.shared.positions is not None:
             tensors["positions"] = self.shared.positions.contiguous()
         about = {
+            "names": sorted(tensors),
             "config": self.config.to_dict(),
             "model": self.shared.geometry.facts,
             "numbers": numbers,
@@ -239,15 +261,19 @@ class CompressedCache(Cache):
         }
         write_tensors(path, tensors, about)
 
-    def load(self, path: str | os.PathLike) -> "CompressedCache":
+    def load(self, path: str | os.PathLike, device: torch.device | str = "cpu") -> "CompressedCache":
         """Fill this empty cache from a file that `save` wrote. Refuses a file of another method or model."""
         tensors, about = read_tensors(path)
         mine = {"config": self.config.to_dict(), "model": self.shared.geometry.facts}
         for name, value in mine.items():
             if about.get(name) != json.loads(json.dumps(value)):
                 raise ValueError(f"{path} holds the cache of another {name}: {about.get(name)}, not {value}.")
+        missing = sorted(set(about["names"]) - set(tensors))
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}.")
         self.reset()
-        dtype = getattr(torch, about["dtype"])
+        dtype, device = getattr(torch, about["dtype"]), torch.device(device)
+        tensors = {name: x.to(device) for name, x in tensors.items()}
         self.shared.dtype, self.shared.prefilling = dtype, about["prefilling"]
         self.shared.positions = tensors.pop("positions", None)
         for layer in self.compressed:
@@ -255,8 +281,7 @@ class CompressedCache(Cache):
             layer.held.update({name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)})
             for name, value in about["numbers"][str(layer.layer_idx)].items():
                 setattr(layer, name, value)
-            layer.dtype, layer.is_initialized = dtype, layer.seen > 0
-            layer.device = next((x.device for x in layer.held.values()), torch.device("cpu"))
+            layer.dtype, layer.device, layer.is_initialized = dtype, device, layer.seen > 0
         return self
 
 

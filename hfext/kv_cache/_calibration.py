@@ -59,7 +59,9 @@ class Calibration:
         other = {name: (self.facts.get(name), value) for name, value in facts.items() if self.facts.get(name) != value}
         if other:
             told = "; ".join(f"{name} {old} and not {new}" for name, (old, new) in other.items())
-            raise ValueError(f"The calibration belongs to another model: {told}. Calibrate with this model.")
+            raise ValueError(
+                f"The calibration belongs to another model or other options: {told}. Calibrate with these."
+            )
         for name, (shape, dtype) in shapes.items():
             got = self.tensors.get(name)
             if got is None or tuple(got.shape) != shape or got.dtype != dtype:

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .._fields import coerce
 from ._cache import CompressedCache, CompressedLayer
 from ._calibration import Calibration
-from ._geometry import Geometry, geometry
+from ._geometry import Geometry, geometry, unwrapped
 from ._install import apply, observe
 from ._state import Shared
 
@@ -35,6 +35,7 @@ class KVCacheConfig(QuantizationConfigMixin):
     method: ClassVar[str] = ""
     undoes_rotary: ClassVar[bool] = False  # works on keys before the rotary embedding
     calibration_optional: ClassVar[bool] = False  # works without `calibrate` too
+    learns_with: ClassVar[tuple[str, ...]] = ()  # options that what is learnt depends on
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
 
     def __init_subclass__(cls, **kwargs):
@@ -94,8 +95,14 @@ class KVCacheConfig(QuantizationConfigMixin):
         return cache
 
     def load_cache(self, model: nn.Module, path: str | os.PathLike) -> CompressedCache:
-        """The cache that `cache.save(path)` wrote, ready to continue."""
-        return self.make_cache(model).load(path)
+        """The cache that `cache.save(path)` wrote, ready to continue on the model's device and in its dtype."""
+        weight = next(unwrapped(model).parameters())
+        cache = self.make_cache(model).load(path, weight.device)
+        if cache.get_seq_length() and weight.is_floating_point() and cache.shared.dtype != weight.dtype:
+            raise ValueError(
+                f"{path} was saved by a model in {cache.shared.dtype}, and this one is in {weight.dtype}."
+            )
+        return cache
 
     def checked(self, model: nn.Module) -> Geometry:
         """The geometry of a model that this config fits; raises what is wrong otherwise."""
@@ -109,7 +116,7 @@ class KVCacheConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"{type(self).__name__} is not calibrated: call `config = config.calibrate(model, data)` first."
                 )
-            self.calibration.fits(shape.facts, wanted)
+            self.calibration.fits(self.facts(shape), wanted)
             self.check_calibration(shape)
         return shape
 
@@ -122,6 +129,10 @@ class KVCacheConfig(QuantizationConfigMixin):
     def stored(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps of this config beside its JSON form."""
         return {} if self.calibration is None else self.calibration.tensors
+
+    def facts(self, geometry: Geometry) -> dict[str, Any]:
+        """What a calibration belongs to: the model's sizes, and the options it was made with."""
+        return {**geometry.facts, **{name: getattr(self, name) for name in self.learns_with}}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the calibrated tensors are named by their digest and stored as safetensors."""

@@ -12,12 +12,17 @@ def massive_tokens(x: Tensor, top: int, real: Tensor | None) -> Tensor:
 
     x [batch, tokens, hidden]; real bool [batch, tokens] or None. Returns bool [batch, tokens].
     """
-    size = x.abs() if real is None else x.abs().masked_fill(~real.unsqueeze(-1), -1)
-    flat = size.flatten(1)
-    top = min(top, flat.shape[1])
-    value, index = flat.topk(top, dim=-1)
+    # The largest entries lie in the tokens of the largest maxima, and only these few are searched.
+    size = x.abs().amax(-1)
+    size = size if real is None else size.masked_fill(~real, -1)
+    tokens = size.topk(min(top, x.shape[1]), dim=-1).indices
+    entries = x.gather(1, tokens.unsqueeze(-1).expand(-1, -1, x.shape[2])).abs()
+    if real is not None:
+        entries = entries.masked_fill(~real.gather(1, tokens).unsqueeze(-1), -1)
+    flat = entries.flatten(1)
+    value, index = flat.topk(min(top, flat.shape[1]), dim=-1)
     found = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-    return found.scatter_add_(1, index // x.shape[2], (value >= 0).long()) > 0
+    return found.scatter_add_(1, tokens.gather(1, index // x.shape[2]), (value >= 0).long()) > 0
 
 
 class Sinks:

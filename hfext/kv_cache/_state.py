@@ -19,6 +19,7 @@ class Shared:
             gives it with every call.
         prompt_length: Tokens of the prompt when the caller said so, else `None`.
         prefilling: The prompt is not complete yet.
+        recording: Tokens may be taken back after every call (assisted decoding).
     """
 
     geometry: Geometry
@@ -28,6 +29,7 @@ class Shared:
     padding: Tensor | None = None
     prompt_length: int | None = None
     prefilling: bool = True
+    recording: bool = False
     attention: str = "sdpa"
     _tables: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _scratch: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -37,8 +39,13 @@ class Shared:
         self.padding = padding
         self._tables = None
         self._scratch.clear()
-        if self.positions is not None:
-            self.positions = self.positions[:, :seen] if seen else None
+        self.crop(seen)
+
+    def crop(self, seen: int) -> None:
+        """Forget what comes behind `seen` tokens."""
+        if self.positions is not None and self.positions.shape[1] > seen:
+            self.positions = self.positions[:, :seen].clone() if seen else None
+            self._tables = None
 
     def note_positions(self, positions: Tensor) -> None:
         """The rotary embedding of this forward is made for `positions` [batch or 1, tokens]."""
@@ -82,8 +89,10 @@ class Shared:
         return old
 
     def end(self) -> None:
-        """A forward is over: nothing that can be made again is kept."""
-        self._tables = self.padding = None
+        """A forward is over: nothing that can be made again is kept, but the padding where `crop` will code tokens."""
+        self._tables = None
+        if not self.recording:
+            self.padding = None
         self._scratch.clear()
 
     def rows(self, change) -> None:
@@ -92,7 +101,8 @@ class Shared:
             self.positions = change(self.positions)
 
     def nbytes(self) -> int:
-        return 0 if self.positions is None else self.positions.numel() * self.positions.element_size()
+        held = (x for x in (self.positions, self.padding) if x is not None)
+        return sum(x.numel() * x.element_size() for x in held)
 
 
 @dataclass

@@ -53,6 +53,7 @@ class A2ATSConfig(KVCacheConfig):
 
     method: ClassVar[str] = "a2ats"
     undoes_rotary: ClassVar[bool] = True
+    learns_with: ClassVar[tuple[str, ...]] = ("distance", "query_aware")
     topk: float = 0.03
     window: int = 64
     distance: int = 2048
@@ -152,7 +153,7 @@ class A2ATSConfig(KVCacheConfig):
         if inner is not None:
             tensors |= {f"{STORAGE}{name}": x for name, x in inner.stored().items()}
             inner = dataclasses.replace(inner, calibration=None)
-        return dataclasses.replace(self, storage=inner, calibration=Calibration(tensors, shape.facts, tokens))
+        return dataclasses.replace(self, storage=inner, calibration=Calibration(tensors, self.facts(shape), tokens))
 
     def fitted(
         self, index: int, keys: Tensor, moment: Tensor, max_iterations: int = 300, seed: int = 0

@@ -37,6 +37,9 @@ LEARN_FROM = 32  # tokens that an order is learnt from at least, when there was 
 class RotateKVConfig(KVCacheConfig):
     """Options of RotateKV. Works with and without `calibrate(model, data)`.
 
+    Without it a batch stays in full precision until its shortest row has 32 tokens to learn an order from; a prompt
+    that comes in chunks is learnt from its first, and each chunk has `sink_topk` entries of its own.
+
     Args:
         bits (`int`, *optional*, defaults to 2): Bits of a code: 2, 3, 4, 8 or 16.
         group_size (`int`, *optional*): Channels of a key group; must divide the channels of a token's keys. By default
@@ -60,6 +63,7 @@ class RotateKVConfig(KVCacheConfig):
 
     method: ClassVar[str] = "rotatekv"
     calibration_optional: ClassVar[bool] = True
+    learns_with: ClassVar[tuple[str, ...]] = ("rotation", "reorder", "head_group")
     bits: int = 2
     group_size: int | None = None
     head_group: int = 4
@@ -148,7 +152,7 @@ class RotateKVConfig(KVCacheConfig):
             tensors |= {f"{index}.key_order": order.int().cpu(), f"{index}.key_mean": mean.float().cpu()}
         wanted = self.calibration_shapes(shape)
         kept = {name: x for name, x in tensors.items() if name in wanted}
-        return dataclasses.replace(self, calibration=Calibration(kept, shape.facts, tokens))
+        return dataclasses.replace(self, calibration=Calibration(kept, self.facts(shape), tokens))
 
     def turned(self, x: Tensor, geometry: Geometry) -> Tensor:
         """Keys [..., channels] after the rotation alone."""

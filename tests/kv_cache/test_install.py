@@ -1,6 +1,7 @@
 """Models and calls that are not the plain case: PEFT, encoder-decoders, sliding windows, offload, explicit caches."""
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from hfext import kv_cache
 from hfext.kv_cache import CompressedCache, KIVIConfig, RotateKVConfig
+from hfext.kv_cache._cache import read_tensors, write_tensors
 from hfext.kv_cache._geometry import attention_modules, decoder_layers, geometry
 
 LOSSLESS = KIVIConfig(bits=16, group_size=4, residual_length=8)
@@ -180,6 +182,34 @@ def test_assistant_with_a_compressed_cache():
     kv_cache.apply(model, LOSSLESS)
     kv_cache.apply(assistant, KIVIConfig(bits=2, group_size=4, residual_length=8))
     assert torch.equal(greedy(model, ids(rows=1), assistant_model=assistant), want)
+
+
+def test_early_exit_of_the_model_itself():
+    model = MODELS["llama"]()
+    want = greedy(model, ids(rows=1))
+    kv_cache.apply(model, LOSSLESS)
+    assert torch.equal(greedy(model, ids(rows=1), assistant_early_exit=2), want)
+
+
+def test_pickle():
+    model = kv_cache.apply(MODELS["llama"](), KIVIConfig(bits=2, group_size=4, residual_length=8))
+    again = pickle.loads(pickle.dumps(model))
+    out = greedy(again, ids(), return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, CompressedCache) and torch.equal(out.sequences, greedy(model, ids()))
+
+
+def test_a_saved_cache_of_another_dtype_or_not_whole_is_refused(tmp_path):
+    model = MODELS["llama"]()
+    cache = LOSSLESS.make_cache(model)
+    model(ids(), past_key_values=cache)
+    cache.save(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="torch.float32, and this one is in torch.bfloat16"):
+        LOSSLESS.load_cache(MODELS["llama"]().to(torch.bfloat16), tmp_path / "c.safetensors")
+    tensors, about = read_tensors(tmp_path / "c.safetensors")
+    del tensors["1.key_scale"]
+    write_tensors(tmp_path / "d.safetensors", tensors, about)
+    with pytest.raises(ValueError, match="lacks 1.key_scale"):
+        LOSSLESS.load_cache(model, tmp_path / "d.safetensors")
 
 
 def test_vision_language_model():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import transformers
 from kv_cache_cases import MODELS, data
 
 from hfext import kv_cache
@@ -189,6 +190,47 @@ def test_sinks_are_exact_and_the_others_are_not():
     assert cache.layers[0].decompressed()[0].shape[2] == 15
 
 
+def test_a_sink_that_was_taken_back_does_not_come_back():
+    model = MODELS["llama"]()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[77, 3] = 40.0
+    ids = prompt()
+    ids[:, 35] = 77
+    config = RotateKVConfig(bits=2, group_size=8, sink_topk=1)
+    cache = filled(model, config, ids)
+    cache.crop(-5)  # the sink is the first of the tokens that leave
+    with torch.no_grad():
+        model(prompt(tokens=3, seed=8), past_key_values=cache)
+    assert cache.layers[0].held["sinks_index"][:, 0].tolist() == [-1, -1]
+
+
+def test_sinks_are_looked_for_in_decoding_only_when_asked_for():
+    model = MODELS["llama"]()
+    ids = prompt()
+    for looks in (False, True):
+        cache = filled(model, RotateKVConfig(bits=2, group_size=8, sink_topk=1, detect_in_decode=looks), ids)
+        with torch.no_grad():
+            model(ids[:, :1], past_key_values=cache)
+        assert (cache.layers[0].held["sinks_index"] == 40).any() == looks
+
+
+def test_padding_does_not_count_as_text_to_learn_from():
+    model = MODELS["llama"]()
+    ids, mask = prompt(tokens=50), torch.ones(2, 50, dtype=torch.long)
+    ids[1, :20], mask[1, :20] = 0, 0  # 30 real tokens
+    cache = filled(model, RotateKVConfig(bits=2, group_size=8), ids, mask)
+    assert "order" not in cache.layers[0].held and cache.layers[0].num_coded("key") == 0
+
+
+def test_order_is_the_same_with_padding():
+    model = MODELS["llama"]()
+    ids, mask = prompt(tokens=60), torch.ones(2, 60, dtype=torch.long)
+    ids[1, :20], mask[1, :20] = 0, 0
+    padded = filled(model, RotateKVConfig(bits=2, group_size=8), ids, mask)
+    alone = filled(model, RotateKVConfig(bits=2, group_size=8), ids[1:, 20:])
+    assert torch.equal(padded.layers[0].held["order"][1:], alone.layers[0].held["order"])
+
+
 def test_padding_is_never_a_sink():
     model = MODELS["llama"]()
     with torch.no_grad():
@@ -223,6 +265,15 @@ def test_fused_values_are_the_same_function_and_the_same_codes(tmp_path):
     assert torch.equal(got, want)
     with pytest.raises(ValueError, match="already"):
         kv_cache.fuse_values(model, fused_config)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
+    gated = transformers.BitNetForCausalLM(transformers.BitNetConfig(**sizes, num_key_value_heads=2)).eval()
+    with torch.no_grad():
+        for layer in gated.model.layers:
+            layer.self_attn.attn_sub_norm.weight.uniform_(0.5, 2)
+    before = [x.clone() for x in gated.parameters()]
+    with pytest.raises(NotImplementedError, match="nothing was changed"):
+        kv_cache.fuse_values(gated, RotateKVConfig())
+    assert all(torch.equal(a, b) for a, b in zip(before, gated.parameters(), strict=True))
     with pytest.raises(NotImplementedError, match="v_proj"):
         kv_cache.fuse_values(MODELS["phi3"](), config)
 
@@ -274,6 +325,14 @@ def test_bad_options_are_named(options, told):
 def test_group_size_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match="group_size is 12 but must divide the 16 key channels"):
         RotateKVConfig(group_size=12).make_cache(MODELS["llama"]())
+
+
+def test_calibration_made_with_other_options_is_refused():
+    model = MODELS["llama"]()
+    config = RotateKVConfig(bits=2, group_size=8).calibrate(model, data())
+    dataclasses.replace(config, bits=4, clip=0.9).make_cache(model)
+    with pytest.raises(ValueError, match="head_group 4 and not 1"):
+        dataclasses.replace(config, head_group=1).make_cache(model)
 
 
 def test_order_that_is_none_is_refused(tmp_path):

@@ -70,6 +70,7 @@ class Config:
         single: Segments whose continuation is also fed token by token, as `generate` does: then no token sees the
             others of its call exactly. 0 for none.
         passkeys: Contexts of the pass-key and of the needle test; 0 for none.
+        timed: Which of the methods are timed.
         lengths: Context lengths of the decoding times; empty for none.
         steps: Timed tokens of each cache.
         seed: Of keys, cities and depths.
@@ -82,6 +83,7 @@ class Config:
     segments: int = 8
     single: int = 1
     passkeys: int = 20
+    timed: list[str] = field(default_factory=lambda: ["dynamic", "quanto4", "quanto2", "kivi2", "rotatekv_r32_2"])
     lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192])
     steps: int = 8
     seed: int = 0
@@ -215,7 +217,9 @@ def timed(model: PreTrainedModel, methods: list[str], recording: Recording, leng
 def run(config: Config, out: Path) -> dict:
     model, tokenizer = _smollm2.load()
     model.eval()
-    settings = {k: v for k, v in asdict(config).items() if k not in ("methods", "lengths", "steps", "data_dir")}
+    settings = {
+        k: v for k, v in asdict(config).items() if k not in ("methods", "timed", "lengths", "steps", "data_dir")
+    }
     settings["version"] = __version__
 
     @functools.cache
@@ -236,11 +240,12 @@ def run(config: Config, out: Path) -> dict:
             )
             bar.update()
     present = [name for name in config.methods if "missing" not in results[name]]
+    clocked = [name for name in config.timed if name in present]
     times = {
         length: kept(
             out / "times" / f"{length}.json",
-            {"methods": present, "steps": config.steps, "version": __version__},
-            lambda length=length: timed(model, present, setting().prompts[0], length, config.steps),
+            {"methods": clocked, "steps": config.steps, "version": __version__},
+            lambda length=length: timed(model, clocked, setting().prompts[0], length, config.steps),
         )
         for length in config.lengths
     }
@@ -294,7 +299,8 @@ def tables(config: Config, results: dict[str, dict], times: dict[int, dict], pre
     if times:
         found["CPU milliseconds of a decoded token, median"] = [
             {"method": name, **{f"{length}": round(t[name]["median_ms"], 1) for length, t in times.items()}}
-            for name in present
+            for name in next(iter(times.values()))
+            if name != "settings"
         ]
     return found
 

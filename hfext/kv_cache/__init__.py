@@ -5,10 +5,10 @@ How to choose:
 | you want | take | cost | not when |
 |---|---|---|---|
 | 2 to 4 bits a number, every token kept | `rotatekv` | a rotation each way | rotary cannot be undone |
-| the same without rotation, or without scales | `kivi`, `turboquant` | a pass over the cache | 2 bits and short texts |
+| the same without rotation, or without scales | `kivi`, `turboquant` | a pass over the cache | 2 bits, short texts |
 | long prompts, read often | `xkv` | an SVD of the prompt | prompts below some 1,000 tokens |
 | the same, learnt once for a model | `cskv` | calibration | heads that are not redundant |
-| a bounded cache, or thin keys | `snapkv`, `prefixkv`, `h2o`, `streamingllm`, or `think` | scores | facts asked later |
+| a bounded cache, or thin keys | `snapkv`, `prefixkv`, `h2o`, `streamingllm`, `think` | scores | facts asked later |
 | the whole cache on the host, little read | `a2ats` | calibration | short contexts |
 | an earlier first token | `kv_prediction` | training | no smaller model of the family |
 | prefill that does not stall decoding | `layered_prefill` | | one prompt at a time |
@@ -37,6 +37,7 @@ from . import (
 )
 from ._cache import CompressedCache
 from ._config import KVCacheConfig
+from ._cskv_trainer import CSKVTrainer
 from ._fused_values import fuse_values
 from ._install import apply, remove
 from ._kv_prediction_trainer import KVPredictionTrainer

@@ -99,6 +99,7 @@ class Shared:
         """Change the batch dimension of the positions, which is 1 where all rows agree."""
         if self.positions is not None and self.positions.shape[0] > 1:
             self.positions = change(self.positions)
+        self._tables = None
 
     def nbytes(self) -> int:
         held = (x for x in (self.positions, self.padding) if x is not None)

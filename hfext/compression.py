@@ -10,6 +10,7 @@ reader with `register_part`.
 """
 
 import difflib
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +27,6 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
-
-from .compat import own_save
 
 METHOD = "hfext"
 PREFIX = "kv_cache."
@@ -187,6 +186,31 @@ class CompressionQuantizer(HfQuantizer):
         return True
 
     is_trainable = True
+
+
+class _OwnSave:
+    """Stands for `save_pretrained` on one model; copied and pickled with it."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def __call__(self, *args, **kwargs):
+        given = inspect.signature(type(self.model).save_pretrained).bind(self.model, *args, **kwargs).arguments
+        quantizer = self.model.hf_quantizer
+        quantizer.given = given.get("state_dict")
+        try:
+            return type(self.model).save_pretrained(self.model, *args, **kwargs)
+        finally:
+            quantizer.given = None
+
+
+def own_save(model: torch.nn.Module, on: bool) -> None:
+    """Tell `model.hf_quantizer.given` the `state_dict` that `save_pretrained` is given, which transformers replaces by
+    what the quantiser returns. Set on the instance alone; `on=False` takes it off again."""
+    if isinstance(vars(model).get("save_pretrained"), _OwnSave):
+        del vars(model)["save_pretrained"]
+    if on:
+        vars(model)["save_pretrained"] = _OwnSave(model)
 
 
 def stored_tensors(files: Any) -> dict[str, torch.Tensor]:

@@ -128,6 +128,8 @@ def batches(data: Any, length: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
     any of them.
     """
     if isinstance(data, Tensor):
+        if data.dim() not in (1, 2) or data.numel() == 0 or data.is_floating_point():
+            raise ValueError(f"Calibration data is {data.dtype} {list(data.shape)} but must be ids [rows, tokens].")
         whole = data[: len(data) // length * length or None] if data.dim() == 1 else data
         for row in whole.view(-1, min(length, len(data))) if data.dim() == 1 else whole:
             yield row[None], torch.ones_like(row[None])
@@ -170,12 +172,17 @@ def watch(model: nn.Module, data: Any, visit: Callable[[Observed], None], length
             real = mask.bool().to(device)
 
             def seen(step: Step, index: int, keys: Tensor, values: Tensor, real: Tensor = real) -> None:
-                rotary = shape.rotary
+                rotary = shape.rotary_of(index)
                 before = keys.float() if rotary is None else rotary.unrotate(keys.float(), step.cos, step.sin)
                 visit(Observed(index, step, before, values, real))
 
-            with capture(model, shape, seen):
+            with capture(model, shape, seen) as reported:
                 stack(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            silent = sorted(set(shape.layers) - set(reported))
+            if silent:
+                raise NotImplementedError(
+                    f"Layers {silent} of {type(model).__name__} give their keys to no cache, so nothing can be learnt."
+                )
     finally:
         model.train(training)
     return tokens

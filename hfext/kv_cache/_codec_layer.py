@@ -60,14 +60,14 @@ class CodecLayer(CompressedLayer):
 
     def unrotated(self, keys: Tensor, start: int) -> Tensor:
         """Keys [batch, kv_heads, tokens, head_dim] before the rotary embedding, float32."""
-        rotary = self.shared.geometry.rotary
+        rotary = self.shared.geometry.rotary_of(self.layer_idx)
         if rotary is None:
             return keys.float()
         return rotary.unrotate(keys.float(), *self.shared.tables(start, start + keys.shape[2]))
 
     def rotated(self, keys: Tensor, start: int | Tensor) -> Tensor:
         """The inverse of `unrotated`; `start` may be the index of every token, int64 [batch, tokens]."""
-        rotary = self.shared.geometry.rotary
+        rotary = self.shared.geometry.rotary_of(self.layer_idx)
         if rotary is None:
             return keys
         if isinstance(start, int):

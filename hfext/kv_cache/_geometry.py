@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
+
+from ._calls import Given, given_by
 
 COMPRESSIBLE = "full_attention"
 
@@ -27,11 +30,15 @@ class Rotary:
     halves: bool = False  # the usual pairing, for which there is a faster way
     part: bool = False  # the attention module cuts off the rotated channels, the first ones, by itself
 
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What `module` takes beside positions."""
+        return (COMPRESSIBLE,) if self.by_layer_type else ()
+
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin in float32 of `positions` [batch, tokens], rounded as a model in `dtype` rounds them."""
         like = torch.empty(0, dtype=dtype, device=positions.device)
-        extra = (COMPRESSIBLE,) if self.by_layer_type else ()
-        cos, sin = self.module.forward(like, positions, *extra)  # past the hook that notes positions
+        cos, sin = self.module.forward(like, positions, *self.kind)  # past the hook that notes positions
         return cos.float(), sin.float()
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,7 +70,8 @@ class Rotary:
 
 @dataclass
 class Geometry:
-    """Sizes and modules of a decoder. `layers` are the indices that can be compressed."""
+    """Sizes and modules of a decoder. `layers` are the indices that can be compressed, `still` those of them whose
+    keys are not rotated though others are."""
 
     layer_types: list[str]
     layer_kwargs: list[dict[str, Any]]
@@ -75,6 +83,11 @@ class Geometry:
     rotary: Rotary | None
     rotary_problem: str | None
     facts: dict[str, Any]
+    still: frozenset[int] = frozenset()
+
+    def rotary_of(self, layer_idx: int) -> Rotary | None:
+        """The rotary embedding of a layer's keys, `None` for a layer that has none."""
+        return None if layer_idx in self.still else self.rotary
 
     @property
     def width(self) -> int:
@@ -99,7 +112,9 @@ def decoder(model: nn.Module) -> nn.Module:
     """The module whose forward builds masks and positions: the decoder of a language model."""
     model = unwrapped(model)
     inner = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model.base_model
-    return inner if inner is not None else model.base_model
+    inner = inner if inner is not None else model.base_model
+    parts = [child for child in inner.children() if isinstance(child, PreTrainedModel)]
+    return parts[0] if hasattr(inner, "lm_head") and len(parts) == 1 else inner  # where the head was found (Llama 4)
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -137,10 +152,19 @@ def geometry(model: nn.Module) -> Geometry:
             f"{type(model).__name__} has no full-attention layer whose cache could be compressed (its layers are "
             f"{', '.join(sorted(set(types)))})."
         )
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
-    rotary, problem = _rotary(decoder(model), modules[layers[0]], head_dim)
+    stack, heads = decoder(model), config.num_attention_heads
+    turner = rotary_module(stack)
+    kind = (COMPRESSIBLE,) if hasattr(turner, f"{COMPRESSIBLE}_inv_freq") else ()
+    given, unseen = given_by({i: modules[i] for i in layers}, config.hidden_size, stack.dtype, turner, kind)
+    kv_heads, head_dim = _head_sizes(type(model).__name__, config, given)
+    rotary, problem = (
+        (None, None) if getattr(config, "alibi", False) else _rotary(stack, modules[layers[0]], head_dim, given)
+    )
+    still: frozenset[int] = frozenset()
+    if rotary is not None and unseen is not None:
+        rotary, problem = None, unseen
+    elif rotary is not None or problem is not None:
+        rotary, problem, still = _checked_rotary(rotary, problem, given, config)
     facts = {
         "layers": len(types),
         "kv_heads": kv_heads,
@@ -148,7 +172,47 @@ def geometry(model: nn.Module) -> Geometry:
         "hidden_size": config.hidden_size,
         "rotary": _rotary_facts(config) if rotary is not None else None,
     }
-    return Geometry(types, kwargs, layers, heads, kv_heads, head_dim, config.hidden_size, rotary, problem, facts)
+    sizes = (heads, kv_heads, head_dim, config.hidden_size)
+    return Geometry(types, kwargs, layers, *sizes, rotary, problem, facts, still)
+
+
+def _head_sizes(name: str, config: Any, given: dict[int, Given]) -> tuple[int, int]:
+    """Heads of the keys and their channels: as the layers give them, else as the config says."""
+    if not given:
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+        return getattr(config, "num_key_value_heads", None) or heads, head_dim
+    sizes = sorted({(x.kv_heads, x.head_dim, x.value_dim) for x in given.values()})
+    heads, head_dim, value_dim = sizes[0]
+    if head_dim != value_dim or any(x.turned_values for x in given.values()):
+        raise ValueError(
+            f"{name} caches no pairs of keys and values (what takes their places has {head_dim} and {value_dim} "
+            "channels, as in multi-head latent attention), which no compressed cache here takes. Generate with the "
+            "cache of transformers."
+        )
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name} caches other sizes in other full-attention layers ([kv heads, key channels, value channels]: "
+            f"{', '.join(str(list(x)) for x in sizes)}), which no compressed cache here takes. Generate with the "
+            "cache of transformers."
+        )
+    return heads, head_dim
+
+
+def _checked_rotary(
+    rotary: Rotary | None, problem: str | None, given: dict[int, Given], config: Any
+) -> tuple[Rotary | None, str | None, frozenset[int]]:
+    """The rotary embedding, or what is wrong with it, and the layers without one, by the keys that layers gave."""
+    thetas = getattr(config, "layer_rope_theta", None)  # where a model passes no position to some layers
+    still = frozenset(i for i, x in given.items() if not x.turned or (thetas and not thetas[i]))
+    if given and len(still) == len(given):
+        return None, None, frozenset()
+    if rotary is None:
+        return None, problem, still
+    for index, x in given.items():
+        if index not in still and not x.undone_by(rotary.unrotate):
+            return None, f"the keys of layer {index} are not rotated as `apply_rotary_pos_emb` does.", still
+    return rotary, None, still
 
 
 def rotary_module(stack: nn.Module) -> nn.Module | None:
@@ -172,7 +236,9 @@ def _takes_all(rotary: Rotary, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return True
 
 
-def _rotary(stack: nn.Module, attention: nn.Module, head_dim: int) -> tuple[Rotary | None, str | None]:
+def _rotary(
+    stack: nn.Module, attention: nn.Module, head_dim: int, given: dict[int, Given]
+) -> tuple[Rotary | None, str | None]:
     """The rotary embedding, or `None` with what is wrong with it (`None` when the model has none)."""
     module = rotary_module(stack)
     if module is None:
@@ -182,6 +248,8 @@ def _rotary(stack: nn.Module, attention: nn.Module, head_dim: int) -> tuple[Rota
     facts = _rotary_facts(getattr(module, "config", None))
     if facts.get("rope_type") in ("dynamic", "longrope"):
         return None, f"rope_type {facts['rope_type']!r} changes with the length of the text, which cannot be undone."
+    if any(torch.is_complex(x.tables) for x in given.values() if torch.is_tensor(x.tables)):
+        return None, f"{type(module).__name__} turns by complex numbers, which is not supported."
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if apply is None:
         return None, f"{type(attention).__module__} has no `apply_rotary_pos_emb` to undo."

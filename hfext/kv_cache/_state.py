@@ -120,11 +120,11 @@ class Step:
         """Queries after the rotary embedding [batch, heads, tokens, head_dim], of the `last` tokens if given."""
         cut = slice(None) if last is None else slice(-last, None)
         flat = project_queries(self.module, self.hidden_states[:, cut], self.geometry)
-        if self.cos is None:
-            return flat
-        rotary = self.geometry.rotary
-        if rotary is None:
+        if self.geometry.rotary_problem is not None:
             raise ValueError(f"The queries cannot be made again: {self.geometry.rotary_problem}")
+        rotary = self.geometry.rotary_of(self.module.layer_idx)
+        if self.cos is None or rotary is None:
+            return flat
         turned = rotary.rotate(flat.float(), self.cos[:, cut].float(), self.sin[:, cut].float())
         return turned.to(flat.dtype)
 

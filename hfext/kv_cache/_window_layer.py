@@ -129,7 +129,7 @@ class WindowLayer(CompressedLayer):
         return torch.cat([x[:, :, :gap], torch.where(late, recent, x[:, :, gap:])], dim=2)
 
     def _rotated(self, side: str, x: Tensor, stop: int) -> Tensor:
-        rotary = self.shared.geometry.rotary
+        rotary = self.shared.geometry.rotary_of(self.layer_idx)
         if side == "key" and rotary is not None:
             x = rotary.rotate(x.float(), *self.shared.tables(0, stop))
         return x.to(self.dtype)

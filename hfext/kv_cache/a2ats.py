@@ -211,7 +211,7 @@ def seen_by(
         later = seen.real & (seen.real.cumsum(-1) > n_sink)
         keys.setdefault(seen.layer, []).append(seen.keys.transpose(1, 2)[later])
         flat = project_queries(seen.step.module, seen.step.hidden_states, shape).float()
-        turned = at_distance(flat, shape.rotary, distance).transpose(1, 2)[seen.real]
+        turned = at_distance(flat, shape.rotary_of(seen.layer), distance).transpose(1, 2)[seen.real]
         grouped = turned.unflatten(1, (shape.num_kv_heads, -1)).transpose(0, 1).flatten(1, 2).double()
         moments[seen.layer] = moments.get(seen.layer, 0) + grouped.transpose(1, 2) @ grouped
 
@@ -264,7 +264,7 @@ class A2ATSLayer(CompressedLayer):
     def _select(self) -> Tensor:
         cfg, shape = self.config, self.shared.geometry
         flat = project_queries(self.step.module, self.step.hidden_states, shape).float()
-        queries = at_distance(flat, shape.rotary, cfg.distance)
+        queries = at_distance(flat, shape.rotary_of(self.layer_idx), cfg.distance)
         codebook, _, inverse = cfg.learnt(self.layer_idx, queries.device)
         table = score_table(queries, codebook, inverse).unflatten(1, (shape.num_kv_heads, -1)).squeeze(3)
         codes = self.held["codes"].long().unsqueeze(2).expand(-1, -1, table.shape[2], -1)

@@ -112,7 +112,7 @@ class PrefixKVConfig(KVCacheConfig):
         shares: list[Tensor] = []
 
         def visit(seen: Observed) -> None:
-            rotary, step = shape.rotary, seen.step
+            rotary, step = shape.rotary_of(seen.layer), seen.step
             keys = seen.keys if rotary is None else rotary.rotate(seen.keys, step.cos, step.sin)
             scale, softcap = logit_options(step.module, shape.head_dim)
             mass = attention_mass(step.queries(), keys, seen.real[:, None], scale, softcap)

@@ -137,8 +137,9 @@ class RotateKVConfig(KVCacheConfig):
 
         def visit(seen: Observed) -> None:
             keys = seen.keys
-            if self.rotation == "post_rope" and shape.rotary is not None:
-                keys = shape.rotary.rotate(keys, seen.step.cos.float(), seen.step.sin.float())
+            rotary = shape.rotary_of(seen.layer)
+            if self.rotation == "post_rope" and rotary is not None:
+                keys = rotary.rotate(keys, seen.step.cos.float(), seen.step.sin.float())
             real = seen.real & (seen.real.cumsum(-1) > 1)  # the first token of a text is like no other
             flat = keys.transpose(1, 2).flatten(2)[real]
             new = torch.stack([self.turned(flat, shape).double().sum(0), flat.abs().double().sum(0)])
@@ -146,6 +147,10 @@ class RotateKVConfig(KVCacheConfig):
             counts[seen.layer] = counts.get(seen.layer, 0) + len(flat)
 
         tokens = watch(model, data, visit, length)
+        if not all(counts.values()):
+            raise ValueError(
+                "The calibration data holds no token behind the first of a text, so nothing can be learnt."
+            )
         tensors: dict[str, Tensor] = {}
         for index, (signed, size) in sums.items():
             order, mean = self.learnt(signed / counts[index], size / counts[index], shape)

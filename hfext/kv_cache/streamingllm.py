@@ -83,6 +83,8 @@ class StreamingLLMLayer(EvictingLayer):
     def repositioned(self, new: int) -> Tensor:
         """All keys [batch, kv_heads, slots, head_dim], the sinks turned to just before the latest tokens."""
         keys, index = self.held["kept_keys"], self.held["kept_index"][:, 0]
+        if self.shared.geometry.rotary_of(self.layer_idx) is None:
+            return keys  # nothing to turn
         if self.shared.positions is None:
             raise RuntimeError(NOT_SHOWN)
         rank = (index >= 0).cumsum(-1) - 1
@@ -95,7 +97,7 @@ class StreamingLLMLayer(EvictingLayer):
         first = positions[:, self.seen - new, None]
         moved = (index >= 0) & (rank < self.config.sinks) & (rank < stored)
         target = torch.where(moved, first - stored + rank, own)
-        rotary, dtype = self.shared.geometry.rotary, self.shared.dtype
+        rotary, dtype = self.shared.geometry.rotary_of(self.layer_idx), self.shared.dtype
         sinks = rotary.unrotate(keys[:, :, :wide].float(), *rotary.tables(own, dtype))
         sinks = rotary.rotate(sinks, *rotary.tables(target, dtype)).to(keys.dtype)
         sinks = torch.where(moved[:, None, :, None], sinks, keys[:, :, :wide])

@@ -173,7 +173,8 @@ class XKVLayer(GroupLayer):
 
     def flat(self, side: str, tokens: int) -> Tensor:
         """The first tokens of a side [batch, tokens, channels] float32, keys before the rotary embedding."""
-        x, rotary = self.held[f"{side}_recent"][:, :, :tokens].float(), self.shared.geometry.rotary
+        rotary = self.shared.geometry.rotary_of(self.layer_idx)
+        x = self.held[f"{side}_recent"][:, :, :tokens].float()
         if side == "key" and rotary is not None:
             x = rotary.unrotate(x, *self.shared.tables(0, tokens))
         return x.transpose(1, 2).flatten(2)
@@ -204,8 +205,9 @@ class XKVLayer(GroupLayer):
         # The first layer may have been moved away from this one by an offloaded cache.
         flat = self.token(side, basis.shape[1]).to(basis.device) @ basis
         x = flat.unflatten(-1, (shape.num_kv_heads, shape.head_dim)).transpose(1, 2)
-        if side == "key" and shape.rotary is not None:
-            x = shape.rotary.rotate(x.float(), *self.shared.tables(0, tokens)).to(self.dtype)
+        rotary = shape.rotary_of(self.layer_idx)
+        if side == "key" and rotary is not None:
+            x = rotary.rotate(x.float(), *self.shared.tables(0, tokens)).to(self.dtype)
         return x
 
     def cut(self, side: str, tokens: int) -> None:

@@ -335,6 +335,21 @@ def test_calibration_made_with_other_options_is_refused():
         dataclasses.replace(config, head_group=1).make_cache(model)
 
 
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (torch.ones(2, 3, 4, dtype=torch.long), r"torch.int64 \[2, 3, 4\]"),
+        (torch.ones(2, 8), "torch.float32"),
+        (torch.ones(3, 1, dtype=torch.long), "no token behind the first"),
+        ([], "no text"),
+        ("some text", "must be token ids"),
+    ],
+)
+def test_data_that_teaches_nothing_is_named(text, told):
+    with pytest.raises((ValueError, TypeError), match=told):
+        RotateKVConfig(group_size=8).calibrate(MODELS["llama"](), text)
+
+
 def test_order_that_is_none_is_refused(tmp_path):
     model = MODELS["llama"]()
     config = RotateKVConfig(bits=2, group_size=8).calibrate(model, data())

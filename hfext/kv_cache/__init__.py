@@ -7,7 +7,7 @@ How to choose:
 | 2 to 4 bits a number, every token kept | `rotatekv` | a rotation each way | rotary cannot be undone |
 | the same without rotation, or without scales | `kivi`, `turboquant` | a pass over the cache | 2 bits, short texts |
 | long prompts, read often | `xkv` | an SVD of the prompt | prompts below some 1,000 tokens |
-| the same, learnt once for a model | `cskv` | calibration | heads that are not redundant |
+| the same, learnt once for a model | `cskv` (`minicache` merges layers) | calibration | heads not redundant |
 | a bounded cache, or thin keys | `snapkv`, `prefixkv`, `h2o`, `streamingllm`, `think` | scores | facts asked later |
 | the whole cache on the host, little read | `a2ats` | calibration | short contexts |
 | an earlier first token | `kv_prediction` | training | no smaller model of the family |

@@ -85,7 +85,7 @@ class CompressedLayer(CacheLayerMixin):
         if got != [wanted, wanted]:
             raise NotImplementedError(
                 f"Layer {self.layer_idx} gives keys and values of [heads, channels] {got} where the config says "
-                f"{wanted} of both. Such a model needs its own cache: `hfext.kv_cache.remove(model)`."
+                f"{wanted} of both. The cache was made for another model: use `config.make_cache(model)`."
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,10 @@ class CompressedCache(Cache):
                 layer.finish_prefill()
 
     def nbytes(self) -> int:
-        """Bytes of all tensors held: codes, scales, full-precision tokens, positions, and the uncompressed layers."""
+        """Bytes of all tensors held: codes, scales, full-precision tokens, positions, and the uncompressed layers.
+
+        Methods that compress a prompt as a whole do so at the first call after it, or when `finish_prefill` is called.
+        """
         plain = (layer for layer in self.layers if not isinstance(layer, CompressedLayer))
         others = sum(
             x.numel() * x.element_size() for layer in plain for x in vars(layer).values() if torch.is_tensor(x)
@@ -242,9 +245,13 @@ class CompressedCache(Cache):
         self.shared.crop(self.compressed[0].seen)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the compressed prompt to one safetensors file, to be read by `config.load_cache(model, path)`."""
+        """Write the compressed prompt to one safetensors file, to be read by `config.load_cache(model, path)`.
+
+        The prompt is taken to be complete, see `finish_prefill`.
+        """
         if len(self.compressed) != len(self.layers):
             raise NotImplementedError("Only caches whose layers are all compressed can be saved.")
+        self.finish_prefill()
         tensors, numbers = {}, {}
         for layer in self.compressed:
             tensors |= {f"{layer.layer_idx}.{name}": x.contiguous() for name, x in layer.held.items()}
@@ -264,10 +271,12 @@ class CompressedCache(Cache):
     def load(self, path: str | os.PathLike, device: torch.device | str = "cpu") -> "CompressedCache":
         """Fill this empty cache from a file that `save` wrote. Refuses a file of another method or model."""
         tensors, about = read_tensors(path)
-        mine = {"config": self.config.to_dict(), "model": self.shared.geometry.facts}
+        mine = {"model": self.shared.geometry.facts, "config": self.config.to_dict()}
         for name, value in mine.items():
-            if about.get(name) != json.loads(json.dumps(value)):
-                raise ValueError(f"{path} holds the cache of another {name}: {about.get(name)}, not {value}.")
+            old, new = about.get(name) or {}, json.loads(json.dumps(value))
+            other = [f"{k} {old.get(k)} and not {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+            if other:
+                raise ValueError(f"{path} holds the cache of another {name}: {'; '.join(other)}.")
         missing = sorted(set(about["names"]) - set(tensors))
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}.")

@@ -114,7 +114,8 @@ class KVCacheConfig(QuantizationConfigMixin):
         if wanted and not (self.calibration is None and self.calibration_optional):
             if self.calibration is None:
                 raise ValueError(
-                    f"{type(self).__name__} is not calibrated: call `config = config.calibrate(model, data)` first."
+                    f"{type(self).__name__} is not calibrated: load the model without it, then call "
+                    "`config = config.calibrate(model, data)` and `hfext.kv_cache.apply(model, config)`."
                 )
             self.calibration.fits(self.facts(shape), wanted)
             self.check_calibration(shape)
@@ -147,7 +148,8 @@ class KVCacheConfig(QuantizationConfigMixin):
             for f in dataclasses.fields(self)
             if f.name != "calibration" and getattr(self, f.name) != f.default
         )
-        return f"{type(self).__name__}({changed})"
+        learnt = "" if self.calibration is None else f" calibrated on {self.calibration.tokens} tokens"
+        return f"{type(self).__name__}({changed}){learnt}"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):

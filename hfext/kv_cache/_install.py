@@ -239,6 +239,11 @@ def apply(model: nn.Module, config: Any) -> nn.Module:
         ValueError: The model already has another cache, or this one does not fit it.
     """
     refuse_prefix(model)
+    if not (isinstance(model, nn.Module) and hasattr(config, "make_layers")):
+        raise TypeError(
+            f"apply(model, config) takes a transformers model and a cache config such as RotateKVConfig, not "
+            f"{type(model).__name__} and {type(config).__name__}."
+        )
     inner = unwrapped(model)
     found = plug(inner)
     if found is not None and found.config is not None and found.config != config:

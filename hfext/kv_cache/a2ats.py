@@ -338,7 +338,7 @@ METHOD = Method(
     "with offload the first tokens are copied with those selected. `storage` is ours.",
     target="hfext.kv_cache.a2ats:A2ATSConfig",
     config=A2ATSConfig,
-    usage="from_pretrained(path, quantization_config=A2ATSConfig(topk=0.03).calibrate(model, ids))",
+    usage="hfext.kv_cache.apply(model, hfext.kv_cache.A2ATSConfig(topk=0.03).calibrate(model, ids))",
     summary="Keeps all tokens, on the host if wished, and attends to the few that one code a token ranks highest.",
     claim="Codes learnt with the queries find more of the attention than ordinary vector quantisation.",
     headline=Result(

@@ -257,7 +257,7 @@ METHOD = Method(
     "decompression, batches and beams.",
     target="hfext.kv_cache.cskv:CSKVConfig",
     config=CSKVConfig,
-    usage="from_pretrained(path, quantization_config=CSKVConfig(k_density=0.5, v_density=0.5).calibrate(model, data))",
+    usage="hfext.kv_cache.apply(model, hfext.kv_cache.CSKVConfig(k_density=0.5, v_density=0.5).calibrate(model, ids))",
     summary="Caches a few channels made from the hidden state, besides a window of exact keys and values.",
     claim="Matrices trained layer by layer, on text of one small corpus, are close to the best of their rank.",
     headline=Result(

@@ -107,7 +107,7 @@ METHOD = Method(
     status="faithful",
     target="hfext.kv_cache.h2o:H2OConfig",
     config=H2OConfig,
-    usage="from_pretrained(path, quantization_config=H2OConfig(heavy=0.1, recent=0.1))",
+    usage="from_pretrained(path, quantization_config=hfext.kv_cache.H2OConfig(heavy=0.1, recent=0.1))",
     summary="Keeps the tokens that received most attention so far and the latest ones, for each KV head.",
     notes="A baseline of this family; `hfext bench kv` measures it. With grouped queries the attention is averaged "
     "over the query heads of a KV head. A share is of the tokens seen, so that the cache grows with the text; give "

@@ -87,7 +87,7 @@ METHOD = Method(
     status="faithful",
     target="hfext.kv_cache.kivi:KIVIConfig",
     config=KIVIConfig,
-    usage="from_pretrained(path, quantization_config=KIVIConfig(bits=2))",
+    usage="from_pretrained(path, quantization_config=hfext.kv_cache.KIVIConfig(bits=2))",
     summary="Keys quantised per channel over tokens, values per token, the latest tokens in full precision.",
     notes="A baseline of this family; `hfext bench kv` measures it.",
 )

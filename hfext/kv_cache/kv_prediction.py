@@ -149,6 +149,13 @@ class KVPredictor(nn.Module):
 
     def __init__(self, aux: nn.Module, base: nn.Module, layer_map: Sequence[int] | None = None, **options: Any):
         super().__init__()
+        if not (isinstance(aux, nn.Module) and isinstance(base, nn.Module)):
+            raise TypeError(
+                f"KVPredictor takes two models, not {type(aux).__name__} and {type(base).__name__}: "
+                "`aux, layer_map = prune_layers(base); KVPredictor(aux, base, layer_map)`."
+            )
+        if isinstance(layer_map, KVPredictionConfig):
+            raise TypeError("layer_map is a KVPredictionConfig but must be its field: `layer_map=config.layer_map`.")
         object.__setattr__(self, "base", base)
         self._base_attention = attention_modules(base, "base")
         self._aux_attention = attention_modules(aux, "auxiliary model")

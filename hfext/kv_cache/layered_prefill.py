@@ -320,7 +320,7 @@ METHOD = Method(
     "paper's fused batches inside vLLM are only simulated.",
     target="hfext.kv_cache.layered_prefill:LayeredPrefillScheduler",
     config=LayeredPrefillConfig,
-    usage="steps = list(layered_prefill(model, input_ids, groups=4))",
+    usage="steps = list(hfext.kv_cache.layered_prefill.layered_prefill(model, input_ids, groups=4))",
     summary="Prefills a prompt one group of layers per iteration, so that running sequences never wait and "
     "experts are loaded once.",
     claim="Chunked prefill loads the experts of a layer ceil(n/c) times, layered prefill once, with identical logits.",

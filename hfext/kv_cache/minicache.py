@@ -126,7 +126,7 @@ METHOD = Method(
     "largest angle.",
     target="hfext.kv_cache.minicache:MiniCacheConfig",
     config=MiniCacheConfig,
-    usage="from_pretrained(path, quantization_config=MiniCacheConfig(retention=0.05))",
+    usage="from_pretrained(path, quantization_config=hfext.kv_cache.MiniCacheConfig(retention=0.05))",
     summary="Pairs of adjacent deep layers share the directions of keys and values; distant tokens stay whole.",
     notes="A baseline of this family; `hfext verify xkv` measures it.",
 )

@@ -277,7 +277,7 @@ METHOD = Method(
     status="faithful",
     target="hfext.kv_cache.prefixkv:PrefixKVConfig",
     config=PrefixKVConfig,
-    usage="from_pretrained(path, quantization_config=PrefixKVConfig(ratio=0.5))",
+    usage="from_pretrained(path, quantization_config=hfext.kv_cache.PrefixKVConfig(ratio=0.5))",
     summary="Keeps in every layer the tokens with the same share of its attention, so layers keep different numbers.",
     claim="At the same total, budgets of layers that keep equal attention give a lower perplexity than equal budgets.",
     recipe="kv_cache/prefixkv-smollm2-wikitext2.yaml",

@@ -344,7 +344,7 @@ METHOD = Method(
     "`subtract_mean` are ours.",
     target="hfext.kv_cache.rotatekv:RotateKVConfig",
     config=RotateKVConfig,
-    usage="from_pretrained(path, quantization_config=RotateKVConfig(bits=2, residual_length=32))",
+    usage="from_pretrained(path, quantization_config=hfext.RotateKVConfig(bits=2, residual_length=32))",
     summary="Keys and values in 2 to 4 bits after a rotation before the rotary embedding and a reorder of channels.",
     claim="At two bits a rotated and reordered cache loses far less than one quantised as it is.",
     headline=Result(

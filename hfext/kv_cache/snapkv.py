@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
+from transformers.utils.logging import get_logger
 
 from ..registry import Method
 from ._attention_mass import attention_mass, group_mean
@@ -23,6 +24,8 @@ from ._config import KVCacheConfig, in_range, one_of
 from ._evicting_layer import EvictingLayer, budget, check_amount, needs_queries
 from ._geometry import Geometry
 from ._state import Shared
+
+logger = get_logger(__name__)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -100,10 +103,11 @@ class SnapKVLayer(EvictingLayer):
         small = (capacity < tokens) & (capacity <= config.window)
         if bool(small.any()):
             row = int(small.nonzero()[0])
-            raise ValueError(
+            logger.warning_once(
                 f"A prompt of {int(tokens[row])} tokens leaves capacity={config.capacity} only {int(capacity[row])}, "
-                f"not more than window={config.window}. Make window smaller or capacity larger."
+                f"not more than window={config.window}: such a prompt is kept whole."
             )
+            capacity = torch.where(small, tokens, capacity)
         if bool((capacity < tokens).any()):
             keys = self.held["kept_keys"]
             mass = attention_mass(queries, keys, self.filled, self.scale, self.softcap)
@@ -125,7 +129,7 @@ METHOD = Method(
     status="faithful",
     target="hfext.kv_cache.snapkv:SnapKVConfig",
     config=SnapKVConfig,
-    usage="from_pretrained(path, quantization_config=SnapKVConfig(capacity=0.5))",
+    usage="from_pretrained(path, quantization_config=hfext.kv_cache.SnapKVConfig(capacity=0.5))",
     summary="Keeps the tokens of the prompt that its last queries attend to, chosen once for each KV head.",
     notes="A baseline of this family; `hfext bench kv` measures it. With grouped queries the scores are averaged over "
     "the query heads of a KV head, so that each key is stored once; the authors' code keeps keys for each query head.",

@@ -130,7 +130,7 @@ METHOD = Method(
     status="faithful",
     target="hfext.kv_cache.streamingllm:StreamingLLMConfig",
     config=StreamingLLMConfig,
-    usage="from_pretrained(path, quantization_config=StreamingLLMConfig(window=1020))",
+    usage="from_pretrained(path, quantization_config=hfext.kv_cache.StreamingLLMConfig(window=1020))",
     summary="Keeps the first tokens and the latest ones, at positions within the cache.",
     notes="A baseline of this family; `hfext bench kv` measures it.",
 )

@@ -156,7 +156,7 @@ METHOD = Method(
     status="faithful",
     target="hfext.kv_cache.think:ThinKConfig",
     config=ThinKConfig,
-    usage="from_pretrained(path, quantization_config=ThinKConfig(ratio=0.4))",
+    usage="from_pretrained(path, quantization_config=hfext.kv_cache.ThinKConfig(ratio=0.4))",
     summary="Drops the key channels that matter least to the prompt's last queries; values stay whole.",
     notes="A baseline of this family; `hfext bench kv` measures it.",
 )

@@ -97,7 +97,7 @@ METHOD = Method(
     "stands in for a dense random one.",
     target="hfext.kv_cache.turboquant:TurboQuantConfig",
     config=TurboQuantConfig,
-    usage="from_pretrained(path, quantization_config=TurboQuantConfig(bits=4))",
+    usage="from_pretrained(path, quantization_config=hfext.kv_cache.TurboQuantConfig(bits=4))",
     summary="A random rotation and one fixed codebook for every channel: nothing is learnt from data.",
     notes="A baseline of this family; `hfext bench kv` measures it.",
 )

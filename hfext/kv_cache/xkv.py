@@ -251,7 +251,7 @@ METHOD = Method(
     "there.",
     target="hfext.kv_cache.xkv:XKVConfig",
     config=XKVConfig,
-    usage="from_pretrained(path, quantization_config=XKVConfig(layer_group_size=4, rank_k=0.125, rank_v=0.1875))",
+    usage="from_pretrained(path, quantization_config=hfext.kv_cache.XKVConfig(rank_k=0.125, rank_v=0.1875))",
     summary="Groups of adjacent layers share one low-rank factor of the prompt's tokens, found for every prompt.",
     claim="At equal bytes a decomposition shared by adjacent layers loses less than one of every layer alone.",
     headline=Result(

@@ -92,11 +92,15 @@ def test_tokens_after_the_prompt_all_stay():
         assert layer.slots == 24 and (layer.held["kept_index"][..., -4:] == torch.arange(40, 44)).all()
 
 
-def test_a_budget_that_does_not_hold_the_window_is_named():
+def test_a_prompt_whose_share_does_not_hold_the_window_is_kept_whole():
     model = MODELS["llama"]()
     ids, mask = padded()
-    with pytest.raises(ValueError, match="29 tokens leaves capacity=0.5 only 14, not more than window=16"):
-        filled(model, SnapKVConfig(capacity=0.5, window=16), ids, mask)
+    config = SnapKVConfig(capacity=0.5, window=16)
+    cache = filled(model, config, ids, mask)
+    for layer in cache.layers:
+        kept = (layer.held["kept_index"] >= 0).sum(-1)
+        assert (kept[mask.sum(1) == 29] == 29).all() and (kept[mask.sum(1) >= 34] < 34).all()
+    assert filled(model, config, ids[:, -1:], mask[:, -1:]).layers[0].slots == 1
 
 
 @pytest.mark.parametrize(

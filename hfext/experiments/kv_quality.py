@@ -114,11 +114,17 @@ def text_segments(tokenizer: Any, path: Path, count: int) -> list[Tensor]:
     return list(ids[:, : count * SEGMENT].split(SEGMENT, dim=1))
 
 
-def prepared(config: Config, model: PreTrainedModel, tokenizer: Any) -> Setting:
-    """Texts, questions, and the recorded prefill of each."""
+def texts(config: Config) -> Path:
+    """The folder of WikiText-2."""
     folder = shared_data("wikitext2", config.data_dir)
     if folder is None:
         raise FileNotFoundError("kv_quality needs WikiText-2: set data_dir to a folder that holds wikitext2/test.txt.")
+    return folder
+
+
+def prepared(config: Config, model: PreTrainedModel, tokenizer: Any) -> Setting:
+    """Texts, questions, and the recorded prefill of each."""
+    folder = texts(config)
     segments = text_segments(tokenizer, folder / "test.txt", config.segments)
     questions = {
         "passkey": passkey_questions(tokenizer, config.passkeys, config.seed),
@@ -227,6 +233,10 @@ def run(config: Config, out: Path) -> dict:
         return prepared(config, model, tokenizer)
 
     @functools.cache
+    def first_prompt() -> Recording:
+        return record(model, text_segments(tokenizer, texts(config) / "test.txt", 1)[0][:, :PREFILL])
+
+    @functools.cache
     def half() -> PreTrainedModel:
         return copy.deepcopy(model).to(torch.bfloat16)
 
@@ -245,7 +255,7 @@ def run(config: Config, out: Path) -> dict:
         length: kept(
             out / "times" / f"{length}.json",
             {"methods": clocked, "steps": config.steps, "version": __version__},
-            lambda length=length: timed(model, clocked, setting().prompts[0], length, config.steps),
+            lambda length=length: timed(model, clocked, first_prompt(), length, config.steps),
         )
         for length in config.lengths
     }

@@ -24,7 +24,7 @@ class CodecLayer(CompressedLayer):
     Every coded tensor is [batch, tokens / rate, ...], the rate being 1 unless `rates` names the tensor.
 
     Attributes:
-        residual (`int`): Recent tokens kept in full precision.
+        residual (`int`): Recent tokens kept in full precision at least, and at most 15 more or twice as many.
         rates (`dict[str, int]`): Tokens that share one row of a coded tensor, by name (`key_scale`).
         wanted (`Tensor` or `None`): Tokens that the next `append` returns, int64 [batch, kv_heads, n] with -1 for
             none, the last one new; by default all. Not with `rates`.
@@ -55,8 +55,12 @@ class CodecLayer(CompressedLayer):
         """
 
     def due(self, side: str, recent: int) -> int:
-        """How many of the `recent` tokens are to be coded now, the oldest first."""
-        return max(0, recent - self.residual)
+        """How many of the `recent` tokens are to be coded now, the oldest first.
+
+        With a residual they wait for one another, as coding one token costs as much as coding 16.
+        """
+        more = recent - self.residual
+        return more if more >= min(16, max(1, self.residual)) else 0
 
     def unrotated(self, keys: Tensor, start: int) -> Tensor:
         """Keys [batch, kv_heads, tokens, head_dim] before the rotary embedding, float32."""

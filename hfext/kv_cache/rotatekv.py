@@ -54,8 +54,8 @@ class RotateKVConfig(KVCacheConfig):
             in the paper.
         sink_topk (`int`, *optional*, defaults to 20): Entries of the layer's input whose tokens stay as they are.
         detect_in_decode (`bool`, *optional*, defaults to `False`): Look for such tokens after the prompt too.
-        residual_length (`int`, *optional*, defaults to 0): Latest tokens kept in full precision. The paper has none;
-            32 help much at 2 bits.
+        residual_length (`int`, *optional*, defaults to 0): Latest tokens kept in full precision, up to 15 more before
+            they are coded together. The paper has none; 32 help much at 2 bits.
         prefill_exact (`bool`, *optional*, defaults to `True`): The prompt attends to exact keys and values. `False`
             quantises first, as the paper does to measure perplexity in one call.
         fused_values (`bool`, *optional*, defaults to `False`): The weights rotate the values, see `fuse_values`.

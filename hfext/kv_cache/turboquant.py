@@ -31,7 +31,7 @@ class TurboQuantConfig(KVCacheConfig):
 
     Args:
         bits (`int`, *optional*, defaults to 4): Bits of a code: 2, 3, 4 or 8; 16 stores the channels as they are.
-        residual_length (`int`, *optional*, defaults to 0): Latest tokens kept in full precision.
+        residual_length (`int`, *optional*, defaults to 0): Latest tokens kept in full precision, at least.
         seed (`int`, *optional*, defaults to 0): Of the random signs.
     """
 

@@ -10,7 +10,7 @@ zeros stay rows of zeros.
 import torch
 from torch import Tensor
 
-from ._packing import packed_length
+from .._packing import packed_length
 
 SOLVERS = ("gram", "exact", "random")
 OVERSAMPLE, POWER_ITERATIONS, BLOCK = 8, 2, 4096

@@ -27,7 +27,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._packing import check_bits
+from .._packing import check_bits
 
 _FP16_MAX = 65504.0
 _FP16_TINY = 2.0**-24

@@ -39,7 +39,7 @@ from ._channel_factors import (
 from ._config import KVCacheConfig, in_range, one_of
 from ._evicting_layer import NOT_SHOWN
 from ._geometry import Geometry, attention_modules, geometry, unwrapped
-from ._packing import dequantize_packed_minmax, pack
+from .._packing import dequantize_packed_minmax, pack
 from ._quantize import quantize_minmax
 from ._state import Shared
 from ._window_layer import WindowLayer

@@ -18,7 +18,7 @@ from ..registry import Method
 from ._codec_layer import CodecLayer
 from ._config import KVCacheConfig, divides, in_range, one_of
 from ._geometry import Geometry
-from ._packing import dequantize_packed_minmax, pack
+from .._packing import dequantize_packed_minmax, pack
 from ._quantize import quantize_minmax
 from ._state import Shared
 

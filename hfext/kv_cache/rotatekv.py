@@ -25,7 +25,7 @@ from ._codec_layer import CodecLayer
 from ._config import KVCacheConfig, divides, in_range, one_of
 from ._geometry import Geometry, geometry, unwrapped
 from ._hadamard import rotate, rotation_block
-from ._packing import dequantize_packed, pack, unpack_to
+from .._packing import dequantize_packed, pack, unpack_to
 from ._quantize import quantize_affine
 from ._sinks import Sinks
 from ._state import Shared

@@ -20,7 +20,7 @@ from ..registry import Method
 from ._codec_layer import CodecLayer
 from ._config import KVCacheConfig, in_range, one_of
 from ._hadamard import rotate, rotation_block
-from ._packing import dequantize_packed_codebook, pack
+from .._packing import dequantize_packed_codebook, pack
 from ._quantize import lloyd_max_codebook, quantize_codebook, random_signs
 from ._state import Shared
 

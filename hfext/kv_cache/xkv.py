@@ -27,7 +27,7 @@ from ._config import KVCacheConfig, in_range, one_of
 from ._geometry import Geometry
 from ._group_layer import SIDES, GroupLayer, adjacent, linked
 from ._low_rank import SOLVERS, factor_bytes, factorised, pays
-from ._packing import dequantize_packed_minmax, pack
+from .._packing import dequantize_packed_minmax, pack
 from ._quantize import quantize_minmax
 from ._state import Shared
 

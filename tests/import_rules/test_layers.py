@@ -1,4 +1,4 @@
-"""Who imports what, read from the source: registry and compat stand alone, families know only themselves."""
+"""Who imports what, read from the source: registry, compat and the packing of codes stand alone, families know only themselves."""
 
 import ast
 from pathlib import Path
@@ -53,10 +53,10 @@ def _of(path: Path) -> list[tuple[str, bool]]:
 
 def _allowed(part: str) -> set[str] | None:
     """The parts of hfext that a part may import; `None` for everything."""
-    if part in ("registry", "compat", "_fields", "compression"):
+    if part in ("registry", "compat", "_fields", "_packing", "compression"):
         return set()
     if part in FAMILIES:
-        return {"registry", "compat", "_fields", "compression", part} | BASES.get(part, set())
+        return {"registry", "compat", "_fields", "_packing", "compression", part} | BASES.get(part, set())
     return None
 
 

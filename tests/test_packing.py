@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfext.kv_cache._packing import (
+from hfext._packing import (
     BITS,
     dequantize_packed,
     dequantize_packed_codebook,

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import decoding, kv_cache, metrics, optim, training
+from . import decoding, kv_cache, metrics, optim, quantization, training
 from .compression import CompressionConfig
 from .decoding import (
     ContextAwareLogitsProcessor,

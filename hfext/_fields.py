@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -91,3 +91,25 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
+
+
+def in_range(name: str, value: float, low: float, high: float, low_open: bool = False) -> None:
+    """Raise unless low <= value <= high (low < value with `low_open`)."""
+    if not (low < value if low_open else low <= value) or not value <= high:
+        raise ValueError(f"{name} is {value} but must be in {'(' if low_open else '['}{low}, {high}].")
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise unless the value is one of those allowed."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r} but must be one of {', '.join(map(str, allowed))}.")
+
+
+def divides(name: str, value: int, whole: int, what: str) -> None:
+    """Raise unless `value` divides `whole`."""
+    if value < 1 or whole % value:
+        fitting = [n for n in range(1, whole + 1) if whole % n == 0]
+        raise ValueError(
+            f"{name} is {value} but must divide the {whole} {what}: one of {', '.join(map(str, fitting))}."
+        )

@@ -5,15 +5,18 @@ transformers knows, whose own quantiser then does that part of the work; the cac
 Either part alone is accepted, and a cache config may also stand by itself. What the cache has learnt from text is
 saved with the model's safetensors under `kv_cache.` and named by its digest in config.json.
 
-A config of a cache has two methods for this file, `attach(model, tensors)` and `stored()`; its family registers its
-reader with `register_part`.
+Weights may also be a config of `hfext.quantization`, or such a config may stand by itself.
+
+A config of ours is a `PartConfig`. One of a cache has two methods for this file, `attach(model, tensors)` and
+`stored()`; one of weights names its quantiser in `hf_quantizer`.
 """
 
+import dataclasses
 import difflib
 import inspect
 import os
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_type_hints
 
 import safetensors
 import torch
@@ -28,22 +31,89 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ._fields import coerce
+
 METHOD = "hfext"
 PREFIX = "kv_cache."
-READERS: dict[str, Callable[[dict[str, Any]], Any]] = {}
+PARTS: dict[str, type["PartConfig"]] = {}
 
 
-def register_part(slot: str, reader: Callable[[dict[str, Any]], Any]) -> None:
-    """`reader` makes the config of a slot from its JSON form."""
-    READERS[slot] = reader
+@dataclass(kw_only=True, repr=False)
+class PartConfig(QuantizationConfigMixin):
+    """Base of our configs: options are checked when they are made, and written and read as plain JSON.
+
+    A class with a `method` can be found by that name. Fields named in `apart` are not checked by type and not written.
+    """
+
+    quant_method: ClassVar[str] = METHOD
+    method: ClassVar[str] = ""
+    slot: ClassVar[str] = ""  # of CompressionConfig
+    kind: ClassVar[str] = "compression"
+    apart: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.method:
+            PARTS[cls.method] = cls
+
+    def __new__(cls, *args, **kwargs):
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in kwargs:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(names)}."
+                raise TypeError(f"{cls.__name__} has no option {key!r}. {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            if f.name not in self.apart:
+                setattr(self, f.name, coerce(f.name, hints[f.name], getattr(self, f.name)))
+        self.check()
+
+    def check(self) -> None:
+        """Check the values of the options; raises `ValueError` with field, value and range."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.apart}
+        options = {k: v.to_dict() if isinstance(v, PartConfig) else v for k, v in options.items()}
+        return {"quant_method": self.quant_method, "method": self.method, **options}
+
+    def __repr__(self) -> str:
+        changed = ", ".join(
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.name not in self.apart and getattr(self, f.name) != f.default
+        )
+        return f"{type(self).__name__}({changed})"
+
+    @classmethod
+    def read(cls, options: dict[str, Any]) -> "PartConfig":
+        """The config of this class from its options in JSON."""
+        return cls(**options)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        """The config of `to_dict`; its method decides the class. Unknown keys are errors."""
+        options = {key: value for key, value in config_dict.items() if key not in ("quant_method", "method")}
+        name = config_dict.get("method", cls.method)
+        known = {method: part for method, part in PARTS.items() if issubclass(part, cls)}
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(sorted(known))}."
+            raise ValueError(f"There is no {cls.kind} {name!r}. {hint}")
+        config = known[name].read(options)
+        return (config, kwargs) if return_unused_kwargs else config
 
 
 class CompressionConfig(QuantizationConfigMixin):
     """Quantised weights and a compressed cache in one `quantization_config`.
 
     Args:
-        weights (`QuantizationConfigMixin` or `dict`, *optional*): Any quantisation config of transformers, or its JSON
-            form. Its quantiser does the work as if it had been given alone.
+        weights (`QuantizationConfigMixin` or `dict`, *optional*): A config of `hfext.quantization` or any quantisation
+            config of transformers, or its JSON form. Its quantiser does the work as if it had been given alone.
         kv_cache (`KVCacheConfig` or `dict`, *optional*): A config of `hfext.kv_cache`, or its JSON form.
 
     Raises:
@@ -55,8 +125,6 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def __init__(self, weights: Any = None, kv_cache: Any = None, **unknown: Any):
         unknown.pop("quant_method", None)
-        if unknown.get("method"):  # the JSON form of a cache config that stood by itself
-            raise ValueError(f"This is the config of a cache; give it as CompressionConfig(kv_cache={unknown}).")
         for key in unknown:
             near = difflib.get_close_matches(key, ("weights", "kv_cache"), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else " It has weights and kv_cache."
@@ -64,14 +132,15 @@ class CompressionConfig(QuantizationConfigMixin):
         if weights is None and kv_cache is None:
             raise ValueError("CompressionConfig needs weights, kv_cache or both.")
         if isinstance(weights, dict):
-            weights = AutoQuantizationConfig.from_dict(weights)
+            ours = weights.get("quant_method") == METHOD
+            weights = (PartConfig if ours else AutoQuantizationConfig).from_dict(weights)
         if isinstance(kv_cache, dict):
-            kv_cache = READERS["kv_cache"](kv_cache)
+            kv_cache = PartConfig.from_dict(kv_cache)
         if weights is not None and not isinstance(weights, QuantizationConfigMixin):
             raise ValueError(f"weights is {weights!r} but must be a quantisation config of transformers or hfext.")
-        if isinstance(weights, CompressionConfig) or is_cache_config(weights):
+        if isinstance(weights, CompressionConfig) or slot_of(weights) == "kv_cache":
             raise ValueError("weights is a config of hfext's cache; give it as kv_cache=.")
-        if kv_cache is not None and not is_cache_config(kv_cache):
+        if kv_cache is not None and slot_of(kv_cache) != "kv_cache":
             raise ValueError(
                 f"kv_cache is {kv_cache!r} but must be a config of hfext.kv_cache, such as RotateKVConfig."
             )
@@ -84,18 +153,25 @@ class CompressionConfig(QuantizationConfigMixin):
     def __iter__(self):
         yield from self.to_dict().items()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        """The config of `to_dict`; the JSON form of a part that stands by itself is read too."""
+        alone = config_dict.get("method")
+        config = joined(PartConfig.from_dict(config_dict)) if alone else cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
     def __repr__(self) -> str:
         return f"CompressionConfig(weights={self.weights!r}, kv_cache={self.kv_cache!r})"
 
 
-def is_cache_config(config: Any) -> bool:
-    """Whether a config is that of a cache of ours."""
-    return isinstance(config, QuantizationConfigMixin) and hasattr(config, "make_cache")
+def slot_of(config: Any) -> str:
+    """The slot of `CompressionConfig` that a config of ours belongs to; empty for others."""
+    return config.slot if isinstance(config, PartConfig) else ""
 
 
 def joined(config: Any) -> CompressionConfig:
-    """A cache config that stands by itself as the whole."""
-    return config if isinstance(config, CompressionConfig) else CompressionConfig(kv_cache=config)
+    """A config that stands by itself as the whole."""
+    return config if isinstance(config, CompressionConfig) else CompressionConfig(**{slot_of(config): config})
 
 
 class CacheSlot:
@@ -172,7 +248,12 @@ class NoWeights(HfQuantizer):
 def quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
     """The quantiser of a config: that of its weights with the cache's part before it."""
     weights = joined(config).weights
-    inner = NoWeights if weights is None else type(AutoHfQuantizer.from_config(weights, **kwargs))
+    if weights is None:
+        inner = NoWeights
+    elif isinstance(weights, PartConfig):
+        inner = weights.hf_quantizer
+    else:
+        inner = type(AutoHfQuantizer.from_config(weights, **kwargs))
     return _joined_class(inner)(config, **kwargs)
 
 
@@ -238,6 +319,17 @@ def adopt(model: nn.Module, cache: Any) -> None:
         new = _remade(type(old), {**vars(old), "compression": config, "read": {}, "given": None, "adopted": old})
     model.hf_quantizer = new
     model.config.quantization_config = new.compression
+    own_save(model, True)
+
+
+def adopt_weights(model: nn.Module, weights: Any) -> None:
+    """A loaded model got quantised weights: `save_pretrained` is to write their config."""
+    old = getattr(model, "hf_quantizer", None)
+    cache = old.compression.kv_cache if isinstance(old, CacheSlot) else None
+    config = CompressionConfig(weights=weights, kv_cache=cache)
+    model.hf_quantizer = quantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, METHOD
     own_save(model, True)
 
 

@@ -17,7 +17,6 @@ How to choose:
 `config.make_cache(model)` makes one. `config.calibrate(model, data)` learns what a method needs.
 """
 
-from ..compression import register_part
 from ..registry import collect
 from . import (
     a2ats,
@@ -57,4 +56,3 @@ from .turboquant import TurboQuantConfig
 from .xkv import XKVConfig
 
 METHODS = collect(__name__)
-register_part("kv_cache", KVCacheConfig.from_dict)

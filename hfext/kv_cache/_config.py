@@ -1,29 +1,23 @@
 """Options of a compressed cache: what every method's config can do, and how configs are written and read."""
 
-import dataclasses
-import difflib
 import os
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .._fields import coerce
+from ..compression import PartConfig
 from ._cache import CompressedCache, CompressedLayer
 from ._calibration import Calibration
 from ._geometry import Geometry, geometry, unwrapped
 from ._install import apply, observe
 from ._state import Shared
 
-CONFIGS: dict[str, type["KVCacheConfig"]] = {}
-
 
 @dataclass(kw_only=True, repr=False)
-class KVCacheConfig(QuantizationConfigMixin):
+class KVCacheConfig(PartConfig):
     """Base of the configs of compressed caches; each method has its own.
 
     `from_pretrained(path, quantization_config=config)` loads a model whose `generate` uses the cache;
@@ -31,36 +25,13 @@ class KVCacheConfig(QuantizationConfigMixin):
     one call, `generate(..., past_key_values=cache)`.
     """
 
-    quant_method: ClassVar[str] = "hfext"
-    method: ClassVar[str] = ""
+    slot: ClassVar[str] = "kv_cache"
+    kind: ClassVar[str] = "key-value cache"
+    apart: ClassVar[tuple[str, ...]] = ("calibration",)
     undoes_rotary: ClassVar[bool] = False  # works on keys before the rotary embedding
     calibration_optional: ClassVar[bool] = False  # works without `calibrate` too
     learns_with: ClassVar[tuple[str, ...]] = ()  # options that what is learnt depends on
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if cls.method:
-            CONFIGS[cls.method] = cls
-
-    def __new__(cls, *args, **kwargs):
-        names = [f.name for f in dataclasses.fields(cls)]
-        for key in kwargs:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(names)}."
-                raise TypeError(f"{cls.__name__} has no option {key!r}. {hint}")
-        return super().__new__(cls)
-
-    def __post_init__(self):
-        hints = get_type_hints(type(self))
-        for f in dataclasses.fields(self):
-            if f.name != "calibration":
-                setattr(self, f.name, coerce(f.name, hints[f.name], getattr(self, f.name)))
-        self.check()
-
-    def check(self) -> None:
-        """Check the values of the options; raises `ValueError` with field, value and range."""
 
     # -- what a method writes
 
@@ -137,34 +108,20 @@ class KVCacheConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the calibrated tensors are named by their digest and stored as safetensors."""
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "calibration"}
         about = None if self.calibration is None else self.calibration.about()
-        made = {"quant_method": self.quant_method, "method": self.method, **options}
-        return made if about is None else {**made, "calibration": about}
+        return super().to_dict() | ({} if about is None else {"calibration": about})
 
     def __repr__(self) -> str:
-        changed = ", ".join(
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if f.name != "calibration" and getattr(self, f.name) != f.default
-        )
         learnt = "" if self.calibration is None else f" calibrated on {self.calibration.tokens} tokens"
-        return f"{type(self).__name__}({changed}){learnt}"
+        return super().__repr__() + learnt
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
-        """The config of `to_dict`; its method decides the class. Unknown keys are errors."""
-        values = {key: value for key, value in config_dict.items() if key not in ("quant_method", "method")}
-        name = config_dict.get("method", cls.method)
-        if name not in CONFIGS:
-            near = difflib.get_close_matches(str(name), CONFIGS, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(sorted(CONFIGS))}."
-            raise ValueError(f"There is no key-value cache {name!r}. {hint}")
-        about = values.pop("calibration", None)
-        config = CONFIGS[name](**values)
+    def read(cls, options: dict[str, Any]) -> "KVCacheConfig":
+        about = options.pop("calibration", None)
+        config = super().read(options)
         if about is not None:
             config.calibration = Calibration.awaited(about)
-        return (config, kwargs) if return_unused_kwargs else config
+        return config
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `kv_cache.safetensors`, a sidecar with the options and the calibration."""
@@ -174,25 +131,3 @@ class KVCacheConfig(QuantizationConfigMixin):
     def from_pretrained(cls, folder: str | os.PathLike) -> "KVCacheConfig":
         """Read what `save_pretrained` wrote."""
         return Calibration.read(cls, folder)
-
-
-def in_range(name: str, value: float, low: float, high: float, low_open: bool = False) -> None:
-    """Raise unless low <= value <= high (low < value with `low_open`)."""
-    if not (low < value if low_open else low <= value) or not value <= high:
-        raise ValueError(f"{name} is {value} but must be in {'(' if low_open else '['}{low}, {high}].")
-
-
-def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """Raise unless the value is one of those allowed."""
-    allowed = list(allowed)
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r} but must be one of {', '.join(map(str, allowed))}.")
-
-
-def divides(name: str, value: int, whole: int, what: str) -> None:
-    """Raise unless `value` divides `whole`."""
-    if value < 1 or whole % value:
-        fitting = [n for n in range(1, whole + 1) if whole % n == 0]
-        raise ValueError(
-            f"{name} is {value} but must divide the {whole} {what}: one of {', '.join(map(str, fitting))}."
-        )

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import ModelOutput
 
+from .._packing import check_bits
 from ._calibration import Calibration
 from ._channel_factors import SIDES, projections
 from ._geometry import decoder, geometry, unwrapped
 from ._install import capture
-from .._packing import check_bits
 from ._quantize import dequantize_minmax, quantize_minmax
 from ._state import Step
 from .cskv import CSKVConfig

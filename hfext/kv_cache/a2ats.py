@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._fields import in_range
 from ..registry import Method, Result
 from ._cache import CompressedLayer
 from ._calibration import Calibration, Observed, watch
 from ._codec_layer import CodecLayer, marked
-from ._config import KVCacheConfig, in_range
+from ._config import KVCacheConfig
 from ._geometry import Geometry, geometry, unwrapped
 from ._query_aware_vq import encode, learn_codebook, score_table
 from ._retrieval import ExactLayer, at_distance, chosen

@@ -25,6 +25,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._fields import in_range, one_of
+from .._packing import dequantize_packed_minmax, pack
 from ..registry import Method, Result
 from ._calibration import Calibration, Observed, watch
 from ._channel_factors import (
@@ -36,10 +38,9 @@ from ._channel_factors import (
     normed_keys,
     projections,
 )
-from ._config import KVCacheConfig, in_range, one_of
+from ._config import KVCacheConfig
 from ._evicting_layer import NOT_SHOWN
 from ._geometry import Geometry, attention_modules, geometry, unwrapped
-from .._packing import dequantize_packed_minmax, pack
 from ._quantize import quantize_minmax
 from ._state import Shared
 from ._window_layer import WindowLayer

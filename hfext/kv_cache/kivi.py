@@ -14,11 +14,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .._fields import divides, in_range, one_of
+from .._packing import dequantize_packed_minmax, pack
 from ..registry import Method
 from ._codec_layer import CodecLayer
-from ._config import KVCacheConfig, divides, in_range, one_of
+from ._config import KVCacheConfig
 from ._geometry import Geometry
-from .._packing import dequantize_packed_minmax, pack
 from ._quantize import quantize_minmax
 from ._state import Shared
 

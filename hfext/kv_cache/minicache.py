@@ -17,8 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._fields import in_range
 from ..registry import Method
-from ._config import KVCacheConfig, in_range
+from ._config import KVCacheConfig
 from ._group_layer import GroupLayer, adjacent, linked
 from ._low_rank import angles, slerp
 from ._state import Shared

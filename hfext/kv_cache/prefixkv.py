@@ -23,10 +23,11 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import Tensor, nn
 
+from .._fields import in_range
 from ..registry import Method
 from ._attention_mass import attention_mass, logit_options
 from ._calibration import Calibration, Observed, watch
-from ._config import KVCacheConfig, in_range
+from ._config import KVCacheConfig
 from ._evicting_layer import EvictingLayer, needs_queries
 from ._geometry import Geometry, geometry
 from ._state import Shared

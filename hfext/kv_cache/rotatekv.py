@@ -19,13 +19,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .._fields import divides, in_range, one_of
+from .._packing import dequantize_packed, pack, unpack_to
 from ..registry import Method, Result
 from ._calibration import Calibration, Observed, watch
 from ._codec_layer import CodecLayer
-from ._config import KVCacheConfig, divides, in_range, one_of
+from ._config import KVCacheConfig
 from ._geometry import Geometry, geometry, unwrapped
 from ._hadamard import rotate, rotation_block
-from .._packing import dequantize_packed, pack, unpack_to
 from ._quantize import quantize_affine
 from ._sinks import Sinks
 from ._state import Shared

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 from transformers.utils.logging import get_logger
 
+from .._fields import in_range, one_of
 from ..registry import Method
 from ._attention_mass import attention_mass, group_mean
-from ._config import KVCacheConfig, in_range, one_of
+from ._config import KVCacheConfig
 from ._evicting_layer import EvictingLayer, budget, check_amount, needs_queries
 from ._geometry import Geometry
 from ._state import Shared

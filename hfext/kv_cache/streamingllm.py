@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._fields import in_range
 from ..registry import Method
-from ._config import KVCacheConfig, in_range
+from ._config import KVCacheConfig
 from ._evicting_layer import NOT_SHOWN, EvictingLayer, budget, check_amount
 from ._geometry import Geometry
 from ._state import Shared

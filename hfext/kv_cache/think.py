@@ -16,10 +16,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._fields import in_range
 from ..registry import Method
 from ._attention_mass import group_mean
 from ._codec_layer import CodecLayer
-from ._config import KVCacheConfig, in_range
+from ._config import KVCacheConfig
 from ._evicting_layer import NOT_SHOWN, needs_queries
 from ._geometry import Geometry
 from ._state import Shared

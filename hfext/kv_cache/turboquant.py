@@ -16,11 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._fields import in_range, one_of
+from .._packing import dequantize_packed_codebook, pack
 from ..registry import Method
 from ._codec_layer import CodecLayer
-from ._config import KVCacheConfig, in_range, one_of
+from ._config import KVCacheConfig
 from ._hadamard import rotate, rotation_block
-from .._packing import dequantize_packed_codebook, pack
 from ._quantize import lloyd_max_codebook, quantize_codebook, random_signs
 from ._state import Shared
 

@@ -21,13 +21,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._fields import in_range, one_of
+from .._packing import dequantize_packed_minmax, pack
 from ..registry import Method, Result
 from ._cache import CompressedCache
-from ._config import KVCacheConfig, in_range, one_of
+from ._config import KVCacheConfig
 from ._geometry import Geometry
 from ._group_layer import SIDES, GroupLayer, adjacent, linked
 from ._low_rank import SOLVERS, factor_bytes, factorised, pays
-from .._packing import dequantize_packed_minmax, pack
 from ._quantize import quantize_minmax
 from ._state import Shared
 

@@ -1,5 +1,5 @@
-"""The grid that all integer methods share: w = s q + z, q in 0 .. 2^b - 1, one float s and one float z for each group of
-g consecutive input columns of one output row.
+"""The grid that all integer methods share: w = s q + z, q in 0 .. 2^b - 1, one float s and one float z for each group
+of g consecutive input columns of one output row.
 
 Integer zero points are the special case z = -s zp. Everything is computed in the type of the weight, which the methods
 give in fp32 or fp64.

@@ -53,8 +53,10 @@ def _of(path: Path) -> list[tuple[str, bool]]:
 
 def _allowed(part: str) -> set[str] | None:
     """The parts of hfext that a part may import; `None` for everything."""
-    if part in ("registry", "compat", "_fields", "_packing", "compression"):
+    if part in ("registry", "compat", "_fields", "_packing"):
         return set()
+    if part == "compression":
+        return {"_fields"}
     if part in FAMILIES:
         return {"registry", "compat", "_fields", "_packing", "compression", part} | BASES.get(part, set())
     return None

@@ -1,0 +1,93 @@
+"""Stacked experts as linear layers.
+
+A mixture of experts keeps the weights of all experts in one parameter [experts, out, in]. `unstack` makes them single
+layers, `<name>_of_expert.0`, `.1`, ..., and leaves in the parameter's place something that gives, for `[e]`, a weight
+that acts: where the model multiplies by it, the layer runs. The model's own forward stays, so each architecture keeps
+its gating, and everything that works on linear layers works on experts: hooks, quantised layers, adapters.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+SUFFIX = "_of_expert"
+
+
+def unstack(model: nn.Module, modules_to_not_convert: Iterable[str] | None = None) -> None:
+    """Turn every stack of expert weights inside the model into a list of linear layers, without a copy.
+
+    Modules that `modules_to_not_convert` names stay as they are.
+
+    Raises:
+        NotImplementedError: A module called experts holds weights that are no stack of matrices.
+    """
+    for name, module in list(model.named_modules()):
+        stacked = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() == 3}
+        if not stacked or "expert" not in type(module).__name__.lower():
+            continue
+        if not should_convert_module(name, list(modules_to_not_convert or ())):
+            continue
+        if not hasattr(module, "is_transposed"):
+            raise NotImplementedError(
+                f"{name} ({type(module).__name__}) holds experts in a form that is not known. Leave it out with "
+                "modules_to_not_convert."
+            )
+        for key, parameter in stacked.items():
+            layers = nn.ModuleList(_layer(weight, module.is_transposed) for weight in parameter)
+            del module._parameters[key]
+            module.add_module(key + SUFFIX, layers)
+            vars(module)[key] = Stack(layers, module.is_transposed)
+        # Only the plain loop over experts asks for one expert at a time.
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation = "eager"
+
+
+def stack(model: nn.Module) -> None:
+    """The inverse of `unstack`, once the layers are plain again."""
+    for module in list(model.modules()):
+        for key, found in [(k, v) for k, v in vars(module).items() if isinstance(v, Stack)]:
+            weights = [layer.weight.data.mT if found.transposed else layer.weight.data for layer in found.layers]
+            del vars(module)[key], module._modules[key + SUFFIX]
+            module.register_parameter(key, nn.Parameter(torch.stack(weights).contiguous(), requires_grad=False))
+
+
+def _layer(weight: Tensor, transposed: bool) -> nn.Linear:
+    weight = weight.detach().mT if transposed else weight.detach()
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
+
+
+class Stack:
+    """What stands where the stacked parameter stood."""
+
+    _is_hf_initialized = True  # transformers is not to fill it with random numbers
+
+    def __init__(self, layers: nn.ModuleList, transposed: bool):
+        self.layers, self.transposed = layers, transposed
+
+    def __getitem__(self, expert: Any) -> "ActingWeight":
+        return ActingWeight(self.layers[int(expert)], self.transposed)
+
+
+class ActingWeight:
+    """The weight of one expert: `F.linear(x, weight)`, or `x @ weight` of transposed stacks, runs its layer."""
+
+    def __init__(self, layer: nn.Module, transposed: bool):
+        self.layer, self.transposed = layer, transposed
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        x, weight = args[:2]
+        bias = (kwargs or {}).get("bias", args[2] if len(args) > 2 else None)
+        if not isinstance(weight, cls) or (function is F.linear) == weight.transposed:
+            return NotImplemented
+        if function not in (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__):
+            return NotImplemented
+        y = weight.layer(x)
+        return y if bias is None else y + bias

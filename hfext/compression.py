@@ -205,6 +205,16 @@ class CacheSlot:
             self.read = {}
         return made
 
+    def remove_quantization_config(self, model: nn.Module):
+        own_save(model, False)
+        super().remove_quantization_config(model)
+
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None):
+        made = super().dequantize(model, dtype)
+        if self.compression.kv_cache is not None:
+            adopt(made, self.compression.kv_cache)
+        return made
+
     def get_state_dict_and_metadata(self, model: nn.Module):
         state, metadata = super().get_state_dict_and_metadata(model)
         state = self.given if state is None else state

@@ -124,14 +124,13 @@ class QuantLinear(nn.Linear):
         return f"{sizes}, bits={self.bits}, group_size={self.group_size}"
 
     def _apply(self, fn, recurse=True):
-        stored = {name: self._parameters[name] for name in self.kept_types()}
+        stored = {name: self._parameters[name].data for name in self.kept_types()}
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
         super()._apply(fn, recurse)
         for name, old in stored.items():
-            new = self._parameters[name]
-            if new.dtype != old.dtype:  # a change of the model's type is not one of the stored type
-                moved = old.data.to(new.device)
-                self._parameters[name] = nn.Parameter(moved, requires_grad=old.requires_grad)
+            parameter = self._parameters[name]
+            if parameter.dtype != old.dtype:  # a change of the model's type is not one of the stored type
+                parameter.data = old.to(parameter.device)
         return self
 
     def kept_types(self) -> tuple[str, ...]:

@@ -1,0 +1,79 @@
+"""One list of quantisers of weights; every test of `test_contract.py` runs over it, so a method is tested by a line.
+
+A case makes a config from `bits` and further options; calibrated methods get rows of ids as their data.
+"""
+
+from collections.abc import Callable
+
+import torch
+import transformers
+
+from hfext import quantization as q
+
+
+def data(rows=6, tokens=40, vocabulary=128, seed=7):
+    return torch.randint(3, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def plain(config: type, **fixed) -> Callable:
+    return lambda **options: config(**{"group_size": 16, **fixed, **options})
+
+
+def calibrated(config: type, **fixed) -> Callable:
+    return plain(config, **{"dataset": data(), "sequence_length": 40, **fixed})
+
+
+CASES: dict[str, Callable] = {
+    "rtn": plain(q.RTNConfig),
+    "hqq": plain(q.HQQConfig),
+}
+
+
+def tiny(model_class, config_class, seed=0, **fields):
+    sizes = dict(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config_class(**{**sizes, **fields})).eval()
+
+
+def llama(**fields):
+    return tiny(transformers.LlamaForCausalLM, transformers.LlamaConfig, **fields)
+
+
+MODELS = {
+    "llama": llama,
+    "tied": lambda: llama(tie_word_embeddings=True),
+    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "gemma3": lambda: tiny(
+        transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, head_dim=8, sliding_window=8
+    ),
+    "opt": lambda: tiny(transformers.OPTForCausalLM, transformers.OPTConfig, ffn_dim=64, word_embed_proj_dim=32),
+    "mixtral": lambda: tiny(transformers.MixtralForCausalLM, transformers.MixtralConfig, num_local_experts=4),
+    "gpt_oss": lambda: tiny(
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        head_dim=8,
+        max_position_embeddings=131072,
+    ),
+    "qwen3_moe": lambda: tiny(
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeConfig,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        head_dim=8,
+    ),
+}

@@ -189,7 +189,7 @@ class CacheSlot:
         return _remade, (type(self).__mro__[2], vars(self))
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any):
-        if self.pre_quantized and checkpoint_files:
+        if self.pre_quantized and checkpoint_files and self.compression.kv_cache is not None:
             self.read = stored_tensors(checkpoint_files)
             ignored = model._keys_to_ignore_on_load_unexpected or set()
             model._keys_to_ignore_on_load_unexpected = {*ignored, rf"^{PREFIX.replace('.', '[.]')}"}

@@ -26,6 +26,26 @@ def calibrated(config: type, **fixed) -> Callable:
 CASES: dict[str, Callable] = {
     "rtn": plain(q.RTNConfig),
     "hqq": plain(q.HQQConfig),
+    "lorc": lambda **o: q.LoRCConfig(quantizer=plain(q.RTNConfig)(**o), rank=4),
+    "awq": calibrated(q.AWQConfig),
+    "gptq": calibrated(q.GPTQConfig),
+    "decoupleq": calibrated(q.DecoupleQConfig, block_epochs=1),
+    "ofa": lambda **o: q.OFAConfig(quantizer=plain(q.RTNConfig)(**o), choices=(2, 3, 4, 8), rank=2),
+    "sketchtune": calibrated(q.SketchTuneConfig),
+}
+
+
+def _factor_bits(layer):
+    rows, columns = layer.out_features, layer.in_features
+    return 8 * 4 * (rows + columns) + 16 * (rows + 4)
+
+
+# Bits that a layer holds for each weight, where that is not a code with 32 bits of grid for a group.
+SIZES: dict[str, Callable] = {
+    "ofa": lambda layer: sum(layer.choices) + 4 * 32 / layer.group_size
+    + 4 * 32 * layer.rank * (1 / layer.in_features + 1 / layer.out_features),
+    "lorc": lambda layer: layer.bits + 1 + _factor_bits(layer) / (layer.in_features * layer.out_features),
+    "sketchtune": lambda layer: layer.bits + 16 * 2**layer.bits / layer.group_size,
 }
 
 

@@ -48,7 +48,7 @@ def doctor(
 
 def _saved_compression(path: Path) -> int | None:
     """Print the CompressionConfig of a saved model and check what belongs to it; None when it has none."""
-    from .. import CompressionConfig, compression
+    from .. import CompressionConfig, compression, quantization
 
     file = path / "config.json"
     if not file.is_file():
@@ -58,6 +58,8 @@ def _saved_compression(path: Path) -> int | None:
         if about.get("quant_method") != compression.METHOD:
             return None
         config = CompressionConfig.from_dict(about)
+        if compression.slot_of(config.weights) == "weights":
+            quantization.check_folder(path)
         calibration = getattr(config.kv_cache, "calibration", None)
         if calibration is not None:
             calibration = calibration.filled(compression.stored_tensors(sorted(path.glob("*.safetensors"))), str(path))
@@ -67,7 +69,10 @@ def _saved_compression(path: Path) -> int | None:
     typer.echo(f"{config}")
     if calibration is not None:
         typer.echo(f"calibrated on {calibration.tokens} tokens; its {len(calibration.tensors)} tensors are whole.")
-    typer.echo("`import hfext` before from_pretrained: transformers alone warns and loads the plain model and cache.")
+    typer.echo(
+        "`import hfext` before from_pretrained: transformers alone only warns, and then "
+        "loads a plain cache, or weights that are random."
+    )
     return 0
 
 

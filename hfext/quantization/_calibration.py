@@ -8,7 +8,7 @@ between two blocks are kept. Finished blocks can be written to a folder, from wh
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ._affine import round_to_nearest
 from ._checkpoint import Finished
 from ._config import CalibratedConfig
 from ._data import batches, token_rows
-from ._modules import block_lists
+from ._modules import block_lists, put
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +42,7 @@ class Block:
         samples (`list[Sample]`): What enters it, from blocks that are quantised already.
         stages (`list[list[str]]`): Names of its layers in the order in which they run; those of one stage have the
             same input, or are the same layer of different experts.
+        plain (`list[Tensor]`): What enters it in the plain model, where the config asks for it with `plain_too`.
         loss (`float`): Mean error of the quantised layers so far, relative to their outputs.
     """
 
@@ -60,6 +61,7 @@ class Block:
         self.starved: list[str] = []
         self.tokens: dict[str, int] = {}
         self.undo: list[Callable[[], None]] = []
+        self.plain: list[Tensor] = []
         self.stages, self.labels = self._watch()
 
     # -- running
@@ -83,7 +85,7 @@ class Block:
             def seen(module: nn.Module, args: tuple) -> None:
                 visit(name, args[0].detach().flatten(0, -2))
                 waiting.discard(name)
-                if not waiting and not self._routed(name):
+                if not waiting and not self.routed(name):
                     raise _Enough
 
             return seen
@@ -100,7 +102,7 @@ class Block:
     def hessians(self, names: list[str]) -> dict[str, Tensor]:
         """H = X^T X / N [in, in] in float32 for each of the named layers, summed in float64. Layers of one stage that
         see the same input share one tensor."""
-        shared = not any(self._routed(name) for name in names)
+        shared = not any(self.routed(name) for name in names)
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
 
@@ -125,10 +127,7 @@ class Block:
 
     def weight(self, name: str) -> Tensor:
         """Float32 weight [out, in] of a layer that is not quantised yet."""
-        weight = self.layers[name][0].weight.detach().float()
-        if not weight.isfinite().all():
-            raise ValueError(f"{self.name}.{name}: its weight holds NaN or infinity.")
-        return weight
+        return self.layers[name][0].weight.detach().float()
 
     def bits(self, name: str) -> int:
         """Bits of a layer."""
@@ -136,7 +135,7 @@ class Block:
 
     def few_tokens(self, name: str) -> bool:
         """Whether an expert saw fewer tokens than it has inputs, too few to learn from."""
-        few = self._routed(name) and self.tokens[name] < self.layers[name][0].in_features
+        few = self.routed(name) and self.tokens[name] < self.layers[name][0].in_features
         if few and name not in self.starved:
             self.starved.append(name)
         return few
@@ -150,6 +149,7 @@ class Block:
         linear, bits = self.layers[name]
         layer = self.config.empty_layer(linear, bits)
         self.config.fill(layer, result, None if linear.bias is None else linear.bias.detach())
+        self.config.complete(layer, linear.weight.detach(), hessian)
         if hessian is not None:
             self.errors[name] = relative_error(self.weight(name), layer.weight.data.float(), hessian)
         self.put(name, layer.train(linear.training))
@@ -160,6 +160,16 @@ class Block:
         put(self.module, name, layer)
         self.undo.append(lambda: put(self.module, name, linear))
 
+    def rescale(self, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Give a layer that is not quantised yet another weight [out, in]; the layer it had is kept for `undo`."""
+        linear, bits = self.layers[name]
+        made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta").train(linear.training)
+        made.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+        bias = linear.bias if bias is None else bias
+        made.bias = None if bias is None else nn.Parameter(bias.detach().to(linear.weight.dtype), requires_grad=False)
+        self.put(name, made)
+        self.layers[name] = (made, bits)
+
     def keep(self, parameter: nn.Parameter) -> None:
         """Note a parameter that is going to be changed, so that a run that fails can put it back."""
         old = parameter.detach().clone()
@@ -169,7 +179,8 @@ class Block:
     def loss(self) -> float:
         return sum(self.errors.values()) / len(self.errors) if self.errors else 0.0
 
-    def _routed(self, name: str) -> bool:
+    def routed(self, name: str) -> bool:
+        """Whether a layer is one expert of several, which sees some of the tokens."""
         return bool(re.search("expert", name)) and name.rpartition(".")[2].isdigit()
 
     def _watch(self) -> tuple[list[list[str]], list[Tensor]]:
@@ -187,12 +198,12 @@ class Block:
         labels += [self.run(sample) for sample in self.samples[1:]]
         stages: dict[Any, list[str]] = {}
         for name, x in order:
-            key = re.sub(r"\d+$", "*", name) if self._routed(name) else id(x)
+            key = re.sub(r"\d+$", "*", name) if self.routed(name) else id(x)
             if name not in stages.setdefault(key, []):
                 stages[key].append(name)
         for name in self.layers:  # experts that no token of the first batch went to
             if all(name not in stage for stage in stages.values()):
-                if not self._routed(name):
+                if not self.routed(name):
                     raise NotImplementedError(f"{self.name}.{name} does not run in the forward pass of its block.")
                 stages.setdefault(re.sub(r"\d+$", "*", name), []).append(name)
         return list(stages.values()), labels
@@ -200,12 +211,6 @@ class Block:
 
 class _Enough(Exception):
     """All that was waited for has been seen."""
-
-
-def put(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Set a submodule by its dotted name."""
-    parent, _, last = name.rpartition(".")
-    root.get_submodule(parent).add_module(last, module)
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
@@ -236,7 +241,9 @@ def calibrate(model: nn.Module, config: CalibratedConfig, layers: dict[str, tupl
     done: list[Block] = []
     try:
         with quiet(model), torch.no_grad():
+            config.prepare_model(model)
             samples = entering(model, blocks, batches(rows, config.batch_size))
+            plain = [s.hidden for s in samples] if config.plain_too else []
             bar = logging.tqdm(blocks, desc=f"Quantising ({config.method})", unit="block")
             for index, module in enumerate(bar):
                 home = next(module.parameters()).device
@@ -246,6 +253,8 @@ def calibrate(model: nn.Module, config: CalibratedConfig, layers: dict[str, tupl
                 ]
                 block = Block(config, module, f"{name}.{index}", index, moved, layers)
                 done.append(block)
+                block.plain = to(plain, config.device or home)
+                plain = [block.run(replace(s, hidden=x)) for s, x in zip(moved, block.plain, strict=False)]
                 if not finished.read(block):
                     with torch.enable_grad():
                         config.quantize_block(block)
@@ -253,7 +262,7 @@ def calibrate(model: nn.Module, config: CalibratedConfig, layers: dict[str, tupl
                 bar.set_postfix(error=f"{block.loss:.2e}")
                 for old, new in zip(samples, moved, strict=True):
                     old.hidden = check(block.run(new), block.name)
-                block.samples, block.labels = [], []
+                block.samples, block.labels, block.plain = [], [], []
                 module.to(home)
     except BaseException:
         for block in reversed(done):

@@ -83,11 +83,28 @@ class WeightConfig(PartConfig):
         """The layer that takes the place of `linear`, to be filled by `fill` or by a checkpoint."""
         return QuantLinear.like(linear, bits, self.group_size, getattr(torch, self.scale_dtype))
 
+    def problem(self, linear: nn.Linear, bits: int) -> str:
+        """Why a layer cannot be quantised so, by its sizes; empty when it can."""
+        return misfit(linear.in_features, bits, self.group_size)
+
     def fill(self, layer: nn.Module, result: Any, bias: Tensor | None) -> None:
         """Put what the method found into the empty layer."""
         layer.store(result, bias)
 
+    def finish_model(self, model: nn.Module) -> None:
+        """After all layers of a model are quantised, or loaded."""
+
+    def complete(self, layer: nn.Module, weight: Tensor, hessian: Tensor | None) -> None:
+        """After `fill`: add what depends on the error that is left, given the weight [out, in] and, where data was
+        seen, H of its inputs."""
+
     # -- what the frame asks
+
+    def quantize_into(self, layer: nn.Module, weight: Tensor, bias: Tensor | None, name: str) -> None:
+        """Fill an empty layer from a weight alone; a weight with NaN or infinity is a `ValueError` with its name."""
+        check_finite(weight, name)
+        self.fill(layer, self.quantize_weight(weight.float(), layer.bits, self.group_size), bias)
+        self.complete(layer, weight, None)
 
     def bits_of(self, name: str) -> int:
         """Bits of a layer by its name."""
@@ -110,7 +127,7 @@ class WeightConfig(PartConfig):
             bits = self.bits_of(name)
             if bits == KEPT:
                 continue
-            problem = misfit(linear.in_features, bits, self.group_size)
+            problem = self.problem(linear, bits)
             if not problem:
                 found[name] = (linear, bits)
             elif self.on_unsupported == "skip" or name in (self.skipped_modules or ()):
@@ -141,6 +158,7 @@ class CalibratedConfig(WeightConfig):
     """
 
     calibrated: ClassVar[bool] = True
+    plain_too: ClassVar[bool] = False  # keep what enters each block in the plain model as well
     apart: ClassVar[tuple[str, ...]] = ("dataset", "tokenizer", "resume_from", "device")
     dataset: Any = None
     tokenizer: Any = None
@@ -172,6 +190,9 @@ class CalibratedConfig(WeightConfig):
     def quantize_layer(self, weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantized:
         """Codes and grid of a weight [out, in] in float32, given H = X^T X / N [in, in] of its inputs."""
 
+    def prepare_model(self, model: nn.Module) -> None:
+        """Before the first block; the model is plain."""
+
     def prepare_block(self, block: "Block") -> None:
         """Before the layers of a block are quantised."""
 
@@ -190,3 +211,9 @@ class CalibratedConfig(WeightConfig):
 
     def finish_block(self, block: "Block") -> None:
         """After the layers of a block are quantised."""
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raise `ValueError` with the layer's name where a weight holds NaN or infinity."""
+    if not weight.isfinite().all():
+        raise ValueError(f"{name}: its weight holds NaN or infinity.")

@@ -92,10 +92,14 @@ class QuantLinear(nn.Linear):
             sizes = (self.bits, self.group_size, self.in_features)
             return dequantize_packed_minmax(self.qweight, *grid, *sizes, dtype=dtype)
 
+    def effective(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that the layer multiplies by, with all that is added to s q + z."""
+        return self.dequantized(dtype)
+
     @property
     def weight(self) -> Tensor:
         """The weight [out, in] that the layer stands for, made anew each time; it cannot be written."""
-        return self.dequantized(self.compute_dtype).as_subclass(ReadOnlyWeight)
+        return self.effective(self.compute_dtype).as_subclass(ReadOnlyWeight)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -111,7 +115,7 @@ class QuantLinear(nn.Linear):
         dtype = dtype or self.compute_dtype
         sizes = (self.in_features, self.out_features, self.bias is not None)
         made = nn.Linear(*sizes, dtype=dtype, device="meta")
-        made.weight = nn.Parameter(self.dequantized(dtype))
+        made.weight = nn.Parameter(self.effective(dtype))
         if self.bias is not None:
             made.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
         return made.train(self.training)

@@ -70,3 +70,18 @@ def is_gate(name: str, blocks: nn.Module) -> bool:
     return last != "gate" or any(
         re.search("expert", child) for child, _ in blocks.get_submodule(parent).named_children()
     )
+
+
+def put(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Set a submodule by its dotted name."""
+    parent, _, last = name.rpartition(".")
+    root.get_submodule(parent).add_module(last, module)
+
+
+def stacked(model: nn.Module) -> bool:
+    """Whether the model holds experts in stacks."""
+    return any(
+        p.dim() == 3 and "expert" in type(module).__name__.lower()
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+    )

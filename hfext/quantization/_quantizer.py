@@ -1,20 +1,25 @@
 """What transformers calls to load and save a model with quantised weights, and the same for a loaded one."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
 
-from ..compression import NoWeights, adopt_weights
-from ._calibration import calibrate, put
-from ._config import CalibratedConfig, WeightConfig
+from ..compression import CompressionConfig, NoWeights, adopt_weights
+from ._calibration import calibrate
+from ._config import WeightConfig, check_finite
 from ._experts import stack, unstack
 from ._linear import QuantLinear
+from ._modules import put, stacked
+from ._on_load import QuantizeOnLoad, awaits_weight, finish, prepare
 
 
 class WeightQuantizer(HfQuantizer):
@@ -26,7 +31,7 @@ class WeightQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             return
-        if isinstance(config, CalibratedConfig) and config.dataset is None:
+        if config.calibrated and config.dataset is None:
             raise ValueError(f"{type(config).__name__} needs text to calibrate on: set dataset=.")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
@@ -35,8 +40,12 @@ class WeightQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs):
+        config = self.quantization_config
+        self.problems: list[Exception] = []
+        self.on_load = not (self.pre_quantized or config.calibrated or stacked(model))
+        if self.on_load:
+            prepare(model, config)
         if self.pre_quantized:
-            config = self.quantization_config
             unstack(model, config.modules_to_not_convert)
             layers = config.layers(model)
             for name, (linear, bits) in layers.items():
@@ -46,13 +55,24 @@ class WeightQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
-        if not self.pre_quantized:
+        finish(model)
+        if self.problems:
+            raise self.problems[0]
+        if not (self.pre_quantized or self.on_load):
             quantize_layers(model, self.quantization_config)
         for name, layer in quantized_layers(model).items():
             for key in layer.kept_types():
-                if not layer._parameters[key].isfinite().all():
+                x = layer._parameters[key]
+                if not x.is_meta and not x.isfinite().all():
                     raise ValueError(f"{name}.{key} holds NaN or infinity: the checkpoint is damaged.")
+        self.quantization_config.finish_model(model)
         return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        return not self.pre_quantized and awaits_weight(model, param_name)
+
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        return QuantizeOnLoad(self.quantization_config, self.problems)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None):
         return plain(model, dtype)
@@ -89,17 +109,16 @@ def quantize_layers(model: nn.Module, config: WeightConfig) -> None:
     unstack(model, config.modules_to_not_convert)
     try:
         layers = config.layers(model)
-        if isinstance(config, CalibratedConfig):
+        for name, (linear, _) in layers.items():
+            check_finite(linear.weight, name)
+        if config.calibrated:
             calibrate(model, config, layers)
             return
         made = {}
         for name, (linear, bits) in layers.items():
-            weight = linear.weight.detach()
-            if not weight.isfinite().all():
-                raise ValueError(f"{name}: its weight holds NaN or infinity.")
             made[name] = config.empty_layer(linear, bits).train(linear.training)
-            result = config.quantize_weight(weight.float(), bits, config.group_size)
-            config.fill(made[name], result, None if linear.bias is None else linear.bias.detach())
+            bias = None if linear.bias is None else linear.bias.detach()
+            config.quantize_into(made[name], linear.weight.detach(), bias, name)
         for name, layer in made.items():
             put(model, name, layer)
     except BaseException:
@@ -135,6 +154,7 @@ def quantize(model: nn.Module, config: WeightConfig) -> nn.Module:
         raise ValueError("The model is quantised already. Call model.dequantize() first, where its quantiser can.")
     WeightQuantizer(config, pre_quantized=False).validate_environment()
     quantize_layers(model, config)
+    config.finish_model(model)
     adopt_weights(model, config)
     return model
 
@@ -187,6 +207,29 @@ def check_files(model: nn.Module, layers: Iterable[str], files: Any, quantizer: 
                     f"{name}.{key} is {dtype} {list(shape)} in the checkpoint, but its config describes "
                     f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}."
                 )
-    codes = [name for name in names if name.endswith(".qweight") and name not in state]
+    codes = [name for name in names if ".qweight" in name and name not in state]
     if codes:
         raise ValueError(f"The checkpoint has {codes[0]}, which its config does not describe.")
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Check that a saved folder holds the quantised layers that its config describes, and that their grids are finite.
+
+    Raises:
+        ValueError: What is wrong.
+    """
+    path = Path(folder)
+    config = AutoConfig.from_pretrained(path)
+    weights = CompressionConfig.from_dict(config.quantization_config).weights
+    quantizer = WeightQuantizer(weights, pre_quantized=True)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    quantizer._process_model_before_weight_loading(
+        model, checkpoint_files=sorted(map(str, path.glob("*.safetensors")))
+    )
+    kept = {key for layer in quantized_layers(model).values() for key in layer.kept_types()}
+    for file in path.glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():
+                if key.rpartition(".")[2] in kept and not tensors.get_tensor(key).isfinite().all():
+                    raise ValueError(f"{key} holds NaN or infinity: the checkpoint is damaged.")

@@ -1,12 +1,13 @@
 """What every quantiser of weights must do, over the list of `quantization_cases.py`."""
 
 import copy
+import importlib
 import json
 
 import peft
 import pytest
 import torch
-from quantization_cases import CASES, MODELS, data, llama
+from quantization_cases import CASES, MODELS, SIZES, data, llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -43,7 +44,8 @@ def test_eight_bits_are_nearly_lossless_and_come_back_bit_equal_twice(name, kind
     want = logits(model)
     quantize(model, CASES[name](bits=8))
     got = logits(model)
-    assert (got - want).norm() <= 0.02 * want.norm()
+    # By token, as a router may send one to another expert.
+    assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).median() <= 0.02
     layers = quantized_layers(model)
     assert len(layers) == len(quantized_layers(reloaded(saved(model, tmp_path / "1"))))
     once = reloaded(tmp_path / "1")
@@ -60,7 +62,8 @@ def test_packed_weights_have_the_size_they_claim(name, bits, tmp_path):
     for layer in quantized_layers(model).values():
         held = sum(x.numel() * x.element_size() for x in layer.state_dict().values())
         weights = layer.in_features * layer.out_features
-        assert held * 8 / weights == pytest.approx(bits + 32 / 32, abs=0.01)
+        claimed = SIZES[name](layer) if name in SIZES else bits + 32 / 32
+        assert held * 8 / weights == pytest.approx(claimed, abs=0.01)
 
 
 @every_case
@@ -239,7 +242,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(name, monkeypatch, tmp_path
 
 
 def test_a_case_for_every_method():
-    configs = {m.config for m in hfext.quantization.METHODS if m.config and issubclass(m.config, WeightConfig)}
+    targets = [m.target.partition(":") for m in hfext.quantization.METHODS]
+    found = [getattr(importlib.import_module(module), name) for module, _, name in targets]
+    configs = {x for x in found if isinstance(x, type) and issubclass(x, WeightConfig)}
     assert configs == {type(CASES[name]()) for name in CASES}
     assert all(
         isinstance(layer, QuantLinear) for layer in quantized_layers(quantize(llama(), CASES["rtn"]())).values()

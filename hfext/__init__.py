@@ -13,10 +13,12 @@ from .decoding import (
     superposed_generate,
 )
 from .kv_cache import RotateKVConfig
+from .quantization import DecoupleQConfig
 
 __all__ = [
     "CompressionConfig",
     "ContextAwareLogitsProcessor",
+    "DecoupleQConfig",
     "MirostatLogitsProcessor",
     "RotateKVConfig",
     "SuperposedGenerationMixin",
@@ -26,6 +28,7 @@ __all__ = [
     "kv_cache",
     "metrics",
     "optim",
+    "quantization",
     "superposed_generate",
     "training",
 ]

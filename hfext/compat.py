@@ -285,6 +285,17 @@ def set_optimizer_mode(optimizer: torch.optim.Optimizer, train: bool) -> None:
         switch()
 
 
+def cpu_kernels() -> tuple[Any, Any, Any]:
+    """torch's CPU operators for packed weights: pack 4 bits, multiply by 4 bits, by 8. AttributeError without them."""
+    aten = torch.ops.aten
+    return aten._convert_weight_to_int4pack_for_cpu, aten._weight_int4pack_mm_for_cpu, aten._weight_int8pack_mm
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this CPU; without it such products are slower than fp32."""
+    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
+
+
 def full_tensor(x: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor; other tensors as they are."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
@@ -350,6 +361,7 @@ CHECKS: list[tuple[str, str, Callable[[], None]]] = [
         f"transformers {CHECKED_TRANSFORMERS}",
         _has(GenerationMixin, "_prepare_cache_for_generation"),
     ),
+    ("CPU kernels of packed weights", f"torch {CHECKED_TORCH}", cpu_kernels),
     ("optimizer hook tables", f"torch {CHECKED_TORCH}", _has(torch.optim.Optimizer, "register_step_pre_hook")),
     (
         "foreach kernels",

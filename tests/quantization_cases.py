@@ -32,6 +32,11 @@ CASES: dict[str, Callable] = {
     "decoupleq": calibrated(q.DecoupleQConfig, block_epochs=1),
     "ofa": lambda **o: q.OFAConfig(quantizer=plain(q.RTNConfig)(**o), choices=(2, 3, 4, 8), rank=2),
     "sketchtune": calibrated(q.SketchTuneConfig),
+    "adaquant": calibrated(q.AdaQuantConfig, iterations=5, rows=64, clip_search=False),
+    # Plain inputs: what is said of weights here holds for the config inside. test_bos_aware.py has the rest.
+    "bos_aware": lambda **o: q.BOSAwareConfig(
+        quantizer=calibrated(q.GPTQConfig)(**o), activation_bits=None, sequence_length=40
+    ),
 }
 
 
@@ -42,8 +47,11 @@ def _factor_bits(layer):
 
 # Bits that a layer holds for each weight, where that is not a code with 32 bits of grid for a group.
 SIZES: dict[str, Callable] = {
-    "ofa": lambda layer: sum(layer.choices) + 4 * 32 / layer.group_size
-    + 4 * 32 * layer.rank * (1 / layer.in_features + 1 / layer.out_features),
+    "ofa": lambda layer: (
+        sum(layer.choices)
+        + 4 * 32 / layer.group_size
+        + 4 * 32 * layer.rank * (1 / layer.in_features + 1 / layer.out_features)
+    ),
     "lorc": lambda layer: layer.bits + 1 + _factor_bits(layer) / (layer.in_features * layer.out_features),
     "sketchtune": lambda layer: layer.bits + 16 * 2**layer.bits / layer.group_size,
 }

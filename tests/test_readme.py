@@ -99,6 +99,27 @@ def test_the_example_compresses(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "small-cache" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_the_example_quantises(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from hfext.experiments import _smollm2
+    from hfext.quantization import quantized_layers
+
+    _smollm2.load()
+    monkeypatch.chdir(tmp_path)
+    source = _python(README, 3)
+    local = source.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(_smollm2.cache_dir() / _smollm2.FOLDER))
+    assert local != source
+    names = {}
+    exec(compile(local, "README.md", "exec"), names)
+    model, again = names["model"], names["again"]
+    assert len(quantized_layers(again)) == 210
+    assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
+    assert names["bits"].average_bits <= 3.0 and len(set(names["bits"].values())) > 1
+    assert names["answer"].shape[1] > 5
+
+
 def test_the_example_of_contributing_is_a_working_method(monkeypatch):
     name = "hfext.optim.sign_ascent"
     module = types.ModuleType(name)

@@ -27,6 +27,7 @@ from ._stage_cache import cache
 from ._stage_decode import decode
 from ._stage_noise import noise
 from ._stage_teach import teach
+from ._stage_weights import weights
 
 
 @dataclass(kw_only=True)
@@ -50,9 +51,11 @@ class Config:
         decode_prompt, decode_temperature, decode_tokens: The question that all samplers answer, and the length.
         decode_prefix, decode_draft_tokens: What the superposed drafts continue, and by how much.
         cache_tokens: Length of the answers behind the long prompt.
+        weights_rows, weights_windows: Rows of 256 tokens to calibrate the quantised weights on, and to judge them by.
+        weights_tokens: Length of the answer of the quantised model.
     """
 
-    stages: list[str] = field(default_factory=lambda: ["teach", "noise", "decode", "cache"])
+    stages: list[str] = field(default_factory=lambda: ["teach", "noise", "decode", "cache", "weights"])
     model: str = "smollm2"
     seed: int = 0
     threads: int | None = None
@@ -84,6 +87,10 @@ class Config:
 
     cache_tokens: int = 16
 
+    weights_rows: int = 8
+    weights_windows: int = 8
+    weights_tokens: int = 24
+
     def __post_init__(self):
         for name, values, known in (
             ("stages", self.stages, list(STAGES)),
@@ -99,6 +106,7 @@ class Config:
         positive = ["shown", "lora_rank", "teach_epochs", "teach_batch_size", "teach_learning_rate", "noise_layers"]
         positive += ["noise_epochs", "noise_batch_size", "noise_learning_rate"]
         positive += ["decode_temperature", "decode_tokens", "decode_draft_tokens", "cache_tokens"]
+        positive += ["weights_rows", "weights_windows", "weights_tokens"]
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be above 0.")
@@ -128,7 +136,13 @@ class State:
     facts: list[Fact] = field(default_factory=list)
 
 
-STAGES: dict[str, Callable[[State], None]] = {"teach": teach, "noise": noise, "decode": decode, "cache": cache}
+STAGES: dict[str, Callable[[State], None]] = {
+    "teach": teach,
+    "noise": noise,
+    "decode": decode,
+    "cache": cache,
+    "weights": weights,
+}
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

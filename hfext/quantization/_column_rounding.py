@@ -43,9 +43,7 @@ def eliminate(hessian: Tensor, act_order: bool = True, damp: float = 0.01) -> El
     return weighted_elimination(hessian, act_order, damp)[0]
 
 
-def weighted_elimination(
-    hessian: Tensor, act_order: bool = True, damp: float = 0.01
-) -> tuple[Elimination, Tensor]:
+def weighted_elimination(hessian: Tensor, act_order: bool = True, damp: float = 0.01) -> tuple[Elimination, Tensor]:
     """`eliminate`, with the diagonal of D [n] in the original order of the columns, float64."""
     diagonal = hessian.diagonal().double()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(hessian))

@@ -188,7 +188,8 @@ class CalibratedConfig(WeightConfig):
 
     @abstractmethod
     def quantize_layer(self, weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantized:
-        """Codes and grid of a weight [out, in] in float32, given H = X^T X / N [in, in] of its inputs."""
+        """Codes and grid of a weight [out, in] in float32, given H = X^T X / N [in, in] of its inputs. Rows do not know
+        each other: those of several layers may come together. The result is a tuple of tensors [out, ...]."""
 
     def prepare_model(self, model: nn.Module) -> None:
         """Before the first block; the model is plain."""
@@ -201,12 +202,19 @@ class CalibratedConfig(WeightConfig):
         self.prepare_block(block)
         for stage in block.stages:
             hessians = block.hessians(stage)
+            alike: dict[tuple[int, int], list[str]] = {}
             for name in stage:
                 if block.few_tokens(name):
-                    result = block.nearest(name)
+                    block.replace(name, block.nearest(name), hessians[name])
                 else:
-                    result = self.quantize_layer(block.weight(name), hessians[name], block.bits(name), self.group_size)
-                block.replace(name, result, hessians[name])
+                    alike.setdefault((id(hessians[name]), block.bits(name)), []).append(name)
+            for (_, bits), names in alike.items():
+                # Rows are independent, so layers with the same input are done as one.
+                weights = [block.weight(name) for name in names]
+                whole = self.quantize_layer(torch.cat(weights), hessians[names[0]], bits, self.group_size)
+                parts = zip(*(x.split([len(w) for w in weights]) for x in whole), strict=True)
+                for name, part in zip(names, parts, strict=True):
+                    block.replace(name, part if type(whole) is tuple else type(whole)(*part), hessians[name])
         self.finish_block(block)
 
     def finish_block(self, block: "Block") -> None:

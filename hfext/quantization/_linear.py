@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._packing import dequantize_packed_minmax, pack, packed_length, unpack
+from . import _cpu_kernels
 from ._affine import Quantized
 
 
@@ -32,6 +33,8 @@ class QuantLinear(nn.Linear):
         ValueError: The group size does not divide the inputs, or codes of a row do not fill whole bytes.
     """
 
+    packed = _cpu_kernels.Packed("dequantize")  # of subclasses that make their tensors themselves
+
     def __init__(
         self,
         in_features: int,
@@ -50,6 +53,7 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.group_size = in_features if group_size == -1 else group_size
         self.compute_dtype = dtype
+        self.packed = _cpu_kernels.Packed()
         groups = in_features // self.group_size
         width = packed_length(in_features, bits)
         self.register_buffer("qweight", torch.zeros(out_features, width, dtype=torch.uint8, device=device))
@@ -74,6 +78,7 @@ class QuantLinear(nn.Linear):
                 f"A scale or an offset is too large for {str(self.scales.dtype).removeprefix('torch.')}: "
                 'set scale_dtype="bfloat16" or "float32".'
             )
+        self.packed.drop()
         self.qweight.copy_(pack(quantized.codes, self.bits))
         self.scales.data.copy_(scales)
         self.zeros.data.copy_(zeros)
@@ -106,9 +111,12 @@ class QuantLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         trained = (x, self.scales, self.zeros, self.bias)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+            self.packed.drop()  # the grid may be about to change
             return AffineLinear.apply(x, self.scales, self.zeros, self.bias, self)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantized(x.dtype), bias)
+        if type(self).dequantized is not QuantLinear.dequantized:  # other weights than s q + z
+            return F.linear(x, self.dequantized(x.dtype), bias)
+        return _cpu_kernels.linear(self, x, bias)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain layer with the same weights, in `dtype` or the model's type."""
@@ -129,6 +137,7 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         stored = {name: self._parameters[name].data for name in self.kept_types()}
+        self.packed.drop()
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
         super()._apply(fn, recurse)
         for name, old in stored.items():

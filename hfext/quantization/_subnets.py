@@ -30,13 +30,15 @@ def mean_of(bits: Tensor, sizes: Tensor) -> Tensor:
 
 def max_entropy(choices: Sequence[int], mean: float) -> Tensor:
     """Chances of the widths, float64 [choices], with the largest entropy among those with this mean: p_b ~ e^(t b)."""
-    widths = torch.tensor(choices, dtype=torch.float64)
-    low, high = -700.0, 700.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        p = torch.softmax(middle * widths, 0)
-        low, high = (middle, high) if float(p @ widths) < mean else (low, middle)
-    return torch.softmax((low + high) / 2 * widths, 0)
+    low, high = -64.0, 64.0
+    for _ in range(60):
+        t = (low + high) / 2
+        # Against the width whose exponent is largest, so that none overflows.
+        most = max(t * b for b in choices)
+        powers = [math.exp(t * b - most) for b in choices]
+        found = sum(p * b for p, b in zip(powers, choices, strict=True)) / sum(powers)
+        low, high = (t, high) if found < mean else (low, t)
+    return torch.tensor(powers, dtype=torch.float64) / sum(powers)
 
 
 def draw_uniform(sizes: Tensor, choices: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -115,11 +117,11 @@ def search(
     lowest = min(choices)
     measure(torch.full((len(sizes),), max(b for b in choices if b <= average_bits + 1e-9)))
     floor, top = max(lowest, average_bits - slack), average_bits + 1e-9
-    for _ in range(10 * candidates):
+    for _ in range(2 * candidates):
         if len(known) >= (candidates + 1) // 2:
             break
-        measure(draw_between(sizes, choices, floor, top, generator, tries=200))
-    for _ in range(100 * candidates):
+        measure(draw_between(sizes, choices, floor, top, generator, tries=40))
+    for _ in range(20 * candidates):
         if len(known) >= candidates:
             break
         best = sorted(known, key=known.get)[:elite]

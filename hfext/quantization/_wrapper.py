@@ -56,7 +56,7 @@ class WrapperConfig(WeightConfig):
         return {**own, "quantizer": self.quantizer.to_dict()}
 
     def __repr__(self) -> str:
-        own = [f for f in dataclasses.fields(self) if f.name not in (*OWNED, "quantizer")]
+        own = [f for f in dataclasses.fields(self) if f.name not in (*OWNED, *self.apart)]
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in own if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join([repr(self.quantizer), *changed])})"
 

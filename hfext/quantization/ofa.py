@@ -252,7 +252,7 @@ class OFACallback(TrainerCallback):
     stopped. All rows of a step, accumulated ones too, have the same configuration.
 
     Args:
-        sampler (`str`, *optional*, defaults to "balanced"): "balanced" for uniform means, "uniform" for uniform widths.
+        sampler (`str`, *optional*, defaults to "balanced"): "balanced" makes means uniform, "uniform" widths.
         seed (`int`, *optional*, defaults to 0): Of the draws.
         buckets (`int`, *optional*, defaults to 10): Intervals of the mean of the balanced sampler.
     """
@@ -293,7 +293,7 @@ def search_subnet(
 
     Args:
         model (`PreTrainedModel`): A supernet.
-        evaluate (`Callable`): Gives the validation loss of a model, such as `lambda m: float(m(ids, labels=ids).loss)`.
+        evaluate (`Callable`): Gives the validation loss of a model: `lambda m: float(m(ids, labels=ids).loss)`.
         average_bits (`float`): Most mean bits of a weight.
         candidates (`int`, *optional*, defaults to 100): Configurations that are measured: half of them random, half
             changed from the best so far.
@@ -381,6 +381,6 @@ METHOD = Method(
     claim="Models of many sizes from one training run are on a par with those trained for each size, at a fraction of "
     "the time.",
     recipe="quantization/ofa-llama-arithmetic.yaml",
-    notes="`train_subnets(model)` chooses the adapters for the Trainer, `OFACallback()` draws a configuration for each "
-    "step. Every width is held: 9 bits a weight for 2, 3 and 4, beside grids and adapters.",
+    notes="`train_subnets(model)` chooses the adapters for the Trainer, `OFACallback()` draws a configuration for "
+    "each step. Every width is held: 9 bits a weight for 2, 3 and 4, beside grids and adapters.",
 )

@@ -18,7 +18,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import safetensors
 import torch
@@ -41,8 +41,8 @@ DELTA = "sketches.safetensors"
 class SketchTuneConfig(CalibratedConfig):
     """Options of SketchTune, beside those of `CalibratedConfig`.
 
-    `train_grids(model, norms=False)` makes the tables trainable; [`save_sketch_delta`] writes them alone. `scale_dtype`
-    is the type of the tables.
+    `train_grids(model, norms=False)` makes the tables trainable; [`save_sketch_delta`] writes them alone.
+    `scale_dtype` is the type of the tables.
 
     Args:
         groups_per_row (`int`, *optional*): Tables of a row; it divides the inputs of every layer. 4 when neither this
@@ -99,7 +99,7 @@ class SketchTuneConfig(CalibratedConfig):
         types = weight.dtype, getattr(torch, self.scale_dtype)
         return SketchLinear(*sizes, *types, device=weight.device)
 
-    def quantize_layer(self, weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    def quantize_layer(self, weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> "Sketch":
         return sketch(
             weight,
             hessian,
@@ -115,6 +115,13 @@ class SketchTuneConfig(CalibratedConfig):
         )
 
 
+class Sketch(NamedTuple):
+    """A weight [rows, columns] as codes uint8 [rows, columns] into tables [rows, parts, 2^bits]."""
+
+    codes: Tensor
+    tables: Tensor
+
+
 def sketch(
     weight: Tensor,
     hessian: Tensor,
@@ -127,7 +134,7 @@ def sketch(
     damp: float = 0.01,
     seed: int = 0,
     stored: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Sketch:
     """Codes uint8 [rows, columns] and tables [rows, columns / group_size, 2^bits] in ascending order of a weight
     [rows, columns], given H [columns, columns]; the options are those of [`SketchTuneConfig`]. Tables are rounded to
     `stored` before codes are found for them. `RuntimeError` when H has no Cholesky factor at any damping."""
@@ -137,13 +144,13 @@ def sketch(
     shares = diagonal.pow(exponent / 2).view(-1, width).expand(parts.shape)
     found = k_means(parts.flatten(0, 1), shares.flatten(0, 1), 2**bits, iterations, tolerance, seed)
     tables = found.view(*parts.shape[:2], -1).to(stored or weight.dtype).to(weight.dtype)
-    return round_to_tables(weight, tables, elimination), tables
+    return Sketch(round_to_tables(weight, tables, elimination), tables)
 
 
 def k_means(
     x: Tensor, weights: Tensor, k: int, iterations: int = 100, tolerance: float = 1e-6, seed: int = 0
 ) -> Tensor:
-    """Weighted k-means of numbers, in all rows at once.
+    """Weighted k-means of numbers, in all rows at once; a row's result does not depend on the others.
 
     In one dimension clusters are intervals, so a step is two look-ups in running sums over the sorted numbers. An
     empty cluster keeps its centre. A row of at most k different numbers gets exactly these.
@@ -171,15 +178,17 @@ def k_means(
     start = torch.zeros_like(low)
     mass = torch.cat([start, weights.cumsum(1)], 1)
     moment = torch.cat([start, (weights * (x - low)).cumsum(1)], 1)
+    goes_on = torch.ones_like(few)
     for _ in range(iterations):
         inside = torch.searchsorted(x, (centres[:, 1:] + centres[:, :-1]) / 2)
         edges = torch.cat([torch.zeros_like(inside[:, :1]), inside, torch.full_like(inside[:, :1], x.shape[1])], 1)
         held, summed = mass.gather(1, edges).diff(dim=1), moment.gather(1, edges).diff(dim=1)
-        filled = (edges.diff(dim=1) > 0) & (held > 0)
+        filled = goes_on & (edges.diff(dim=1) > 0) & (held > 0)
         moved = torch.where(filled, low + summed / held.clamp(min=torch.finfo(x.dtype).tiny), centres)
         step = (moved - centres).abs().amax(1, keepdim=True)
+        goes_on &= step > tolerance * (high - low)
         centres = moved.sort(dim=1).values
-        if (step <= tolerance * (high - low)).all():
+        if not goes_on.any():
             break
     exact = high.repeat(1, k).scatter(1, rank.clamp(max=k - 1), x)
     return torch.where(few, exact, centres)
@@ -187,12 +196,12 @@ def k_means(
 
 def plus_plus(x: Tensor, weights: Tensor, k: int, seed: int = 0) -> Tensor:
     """First centres [rows, k], ascending: drawn from the numbers of each row [rows, n] by weight times squared
-    distance to the nearest centre so far."""
+    distance to the nearest centre so far, with the same random numbers for every row."""
     generator = torch.Generator().manual_seed(seed)
     distances, drawn = torch.ones_like(x), []
     for _ in range(k):
         running = (weights * distances).cumsum(1)
-        u = torch.rand(len(x), 1, generator=generator, dtype=torch.float64).to(x)
+        u = torch.rand((), generator=generator, dtype=torch.float64).to(x)
         # Strictly below the sum, so that nothing of weight 0 is drawn while anything else is left.
         at = torch.searchsorted(running, u * running[:, -1:], right=True).clamp(max=x.shape[1] - 1)
         centre = x.gather(1, at)

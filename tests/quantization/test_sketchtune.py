@@ -93,16 +93,16 @@ def test_k_means_ends_where_no_centre_moves():
 
 
 def test_k_means_plus_plus_draws_by_weight_and_squared_distance():
-    """The chance of a pair of first centres, counted over rows with the same numbers."""
+    """The chance of a pair of first centres, counted over seeds."""
     x, weights = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64), torch.tensor([1.0, 2.0, 1.0]).double()
-    drawn = plus_plus(x.repeat(40000, 1), weights.repeat(40000, 1), 2)
+    drawn = torch.cat([plus_plus(x[None], weights[None], 2, seed) for seed in range(4000)])
     for pair, (i, j) in {(0.0, 1.0): (0, 1), (0.0, 3.0): (0, 2), (1.0, 3.0): (1, 2)}.items():
         chance = 0.0
         for a, b in ((i, j), (j, i)):
             far = weights * (x - x[a]) ** 2
             chance += float(weights[a] / weights.sum() * far[b] / far.sum())
         share = (drawn == torch.tensor(pair, dtype=torch.float64)).all(1).double().mean()
-        assert share == pytest.approx(chance, abs=0.012)
+        assert share == pytest.approx(chance, abs=0.03)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -142,6 +142,16 @@ def test_codes_are_those_of_the_recursion_with_the_inverse(act_order):
     shares = torch.empty(48, dtype=torch.float64).index_copy_(0, elimination.order, upper**-4)
     shares = shares.view(3, 16).repeat(5, 1)
     torch.testing.assert_close(tables.flatten(0, 1), k_means(parts, shares, 8), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rows_do_not_know_each_other(bits):
+    weight, hessian = gaussian(9, 48), correlated(48)
+    weight[4] *= 1000
+    whole = sketch(weight, hessian, bits, 24)
+    for rows in (slice(0, 4), slice(4, 9)):
+        for got, want in zip(sketch(weight[rows], hessian, bits, 24), whole, strict=True):
+            assert torch.equal(got, want[rows])
 
 
 def test_the_speed_block_changes_no_code():
@@ -261,7 +271,10 @@ def test_an_affine_grid_is_a_table_of_its_levels():
 
 
 def test_parts_of_a_row_by_number_or_by_size():
-    by_number, by_size = quantize(llama(), config(bits=3)), quantize(llama(), config(group_size=16, groups_per_row=None))
+    by_number, by_size = (
+        quantize(llama(), config(bits=3)),
+        quantize(llama(), config(group_size=16, groups_per_row=None)),
+    )
     assert {layer.parts for layer in quantized_layers(by_number).values()} == {2}
     assert {layer.group_size for layer in quantized_layers(by_size).values()} == {16}
     assert SketchTuneConfig().parts(64) == 4

@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import quantization as q
 
-DRAWS, TRACE_ROWS = 10, 2
+DRAWS, TRACE_ROWS = 4, 2
 
 
 @dataclass(frozen=True)
@@ -47,28 +47,20 @@ def allocated(config: type[q.WeightConfig], **options: Any) -> Callable[..., q.W
 
 
 LAYER = {"block_epochs": 0}
-BEST = {"clip": "group", "sweeps": 3}
+BOTH = {"clip": "group", "sweeps": 3, "block_lr": 1e-3}
 METHODS: dict[str, Row] = {
     "rtn": Row("RTN, integer zero", free(q.RTNConfig, zero_point="int")),
     "rtn_float": Row("RTN, float zero", free(q.RTNConfig)),
-    "rtn_clip": Row("RTN, float zero, clip search", free(q.RTNConfig, clip_search=True)),
     "hqq": Row("HQQ", free(q.HQQConfig)),
     "awq": Row("AWQ", calibrated(q.AWQConfig, search_rows=4)),
     "gptq": Row("GPTQ", calibrated(q.GPTQConfig)),
     "gptq_clip": Row("GPTQ, clip search", calibrated(q.GPTQConfig, clip_search=True)),
     "decoupleq_layer": Row("decoupleQ, layer stage", calibrated(q.DecoupleQConfig, **LAYER)),
-    "decoupleq_layer_best": Row(
-        "decoupleQ, layer stage, clip by group, 3 sweeps", calibrated(q.DecoupleQConfig, **LAYER, **BEST)
-    ),
-    "decoupleq": Row("decoupleQ, layer and block stage", calibrated(q.DecoupleQConfig)),
-    "decoupleq_best": Row(
-        "decoupleQ, both stages, clip by group, 3 sweeps, block lr 1e-3",
-        calibrated(q.DecoupleQConfig, block_lr=1e-3, **BEST),
+    "decoupleq": Row(
+        "decoupleQ, both stages, clip by group, 3 sweeps, block lr 1e-3", calibrated(q.DecoupleQConfig, **BOTH)
     ),
     "rtn_lorc8": Row("RTN, float zero + LoRC 8", corrected(free(q.RTNConfig), 8)),
     "rtn_lorc32": Row("RTN, float zero + LoRC 32", corrected(free(q.RTNConfig), 32)),
-    "decoupleq_lorc8": Row("decoupleQ, layer stage + LoRC 8", corrected(calibrated(q.DecoupleQConfig, **LAYER), 8)),
-    "decoupleq_lorc32": Row("decoupleQ, layer stage + LoRC 32", corrected(calibrated(q.DecoupleQConfig, **LAYER), 32)),
     "decoupleq_mixed": Row(
         "decoupleQ, layer stage, bits by HAWQ-V2", allocated(q.DecoupleQConfig, **LAYER), (2.5, 3.0)
     ),

@@ -286,8 +286,8 @@ def supernet_report(config: Config, names, losses, searched, rates) -> dict:
             "baseline_sd": round(statistics.stdev(base), 4),
             "reproduced": statistics.mean(ours) <= statistics.mean(base) + statistics.stdev(base),
             "note": "Reproduced means at most one standard deviation above adapters for each size with as many "
-            f"updates in all. Below them for {wins_over(ours, base)} of {config.seeds} models; balanced below uniform for "
-            f"{wins_over(ours, uniform)}, at {ends[0]:g} bits for {better[ends[0]]}, at {ends[1]:g} bits for "
+            f"updates in all. Below them for {wins_over(ours, base)} of {config.seeds} models; balanced below uniform "
+            f"for {wins_over(ours, uniform)}, at {ends[0]:g} bits for {better[ends[0]]}, at {ends[1]:g} bits for "
             f"{better[ends[1]]}.",
         },
     }

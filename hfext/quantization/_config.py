@@ -188,8 +188,8 @@ class CalibratedConfig(WeightConfig):
 
     @abstractmethod
     def quantize_layer(self, weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantized:
-        """Codes and grid of a weight [out, in] in float32, given H = X^T X / N [in, in] of its inputs. Rows do not know
-        each other: those of several layers may come together. The result is a tuple of tensors [out, ...]."""
+        """Codes and grid of a weight [out, in] in float32, given H = X^T X / N [in, in] of its inputs. Rows do not
+        know each other: those of several layers may come together. The result is a tuple of tensors [out, ...]."""
 
     def prepare_model(self, model: nn.Module) -> None:
         """Before the first block; the model is plain."""

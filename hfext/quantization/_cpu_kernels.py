@@ -19,6 +19,7 @@ again when a tensor of the layer was replaced or changed in place; what is writt
 Measured on AVX2 cores, the kernel is faster up to some 32 tokens.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -50,6 +51,10 @@ class Packed:
 
     def drop(self) -> None:
         self.made = None
+
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return sum(t.nbytes for t in self.made[3] if isinstance(t, Tensor)) if self.made else 0
 
     def __reduce__(self):
         return Packed, (self.kernel,)
@@ -97,11 +102,8 @@ def linear(layer: "QuantLinear", x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, layer.dequantized(x.dtype), bias)
     packed = packed_copy(layer, x)
     if packed is not None:
-        weight, grid = packed
-        _, by_4, by_8 = cpu_kernels()
-        rows = x.reshape(-1, layer.in_features).contiguous()
-        y = by_8(rows, weight, grid) if layer.bits == 8 else by_4(rows, weight, layer.group_size, grid)
-        y = y.view(*x.shape[:-1], layer.out_features)
+        multiply, weights = packed
+        y = multiply(x.reshape(-1, layer.in_features).contiguous(), *weights).view(*x.shape[:-1], layer.out_features)
         return y if bias is None else y.add_(bias)
     if x.dtype == torch.bfloat16 and not (cpu_multiplies_bf16() or torch.is_autocast_enabled("cpu")):
         return in_pieces(layer, x.float(), None if bias is None else bias.float()).to(x.dtype)
@@ -131,34 +133,34 @@ def fits(layer: "QuantLinear", kernel: str) -> bool:
     return grouped and (layer.bits == 4 or kernel == "int4")
 
 
-def packed_copy(layer: "QuantLinear", x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Codes and grid as a kernel reads them, made or made again when they are not those of the layer's tensors; None
-    when the input is not for a kernel."""
+def packed_copy(layer: "QuantLinear", x: Tensor) -> tuple[Callable, tuple] | None:
+    """The kernel and what it takes beside the input, made or made again when that is not from the layer's tensors;
+    None when the input is not for a kernel."""
     held = layer.packed
     if held.kernel == "dequantize" or x.dtype != torch.bfloat16 or not 0 < x.numel() // x.shape[-1] <= FEW_TOKENS:
         return None
-    source = (layer.qweight, layer.scales, layer.zeros)
+    # Not as attributes: a look-up through nn.Module takes a tenth of the kernel's time in a small layer.
+    source = (layer._buffers["qweight"], layer._parameters["scales"], layer._parameters["zeros"])
     made = held.made  # read once: another thread may put a new one
-    if made is None or any(new.data_ptr() != old.data_ptr() for new, old in zip(source, made[1], strict=True)):
-        made = None
-    elif made[0] != tuple(0 if t.is_inference() else t._version for t in source):
-        made = None
-    if made is None:
+    if made is None or made[0] != [t.data_ptr() for t in source] or made[1] != [t._version for t in source]:
         # Changes of tensors that were made in inference mode cannot be noticed.
         ready = not any(t.is_inference() for t in source) and works()
         made = held.made = pack_layer(layer, source) if ready and fits(layer, held.kernel) else None
-    return None if made is None else made[2]
+    return None if made is None else made[2:4]
 
 
 def pack_layer(layer: "QuantLinear", source: tuple[Tensor, ...]) -> tuple:
-    """Versions of the source tensors, the tensors (held, so that nothing else gets their addresses), and the copy."""
+    """Addresses and versions of the source tensors, the kernel, what it takes beside the input, and the tensors
+    themselves, so that nothing else gets their addresses."""
     with torch.inference_mode(False), torch.no_grad():
-        versions = tuple(t._version for t in source)
+        state = [t.data_ptr() for t in source], [t._version for t in source]
+        _, by_4, by_8 = cpu_kernels()
         if layer.bits == 8:
-            weight, grid = (layer.codes ^ 128).view(torch.int8), layer.scales[:, 0].bfloat16()
+            multiply, weights = by_8, ((layer.codes ^ 128).view(torch.int8), layer.scales[:, 0].bfloat16())
         else:
             weight, grid = pack_int4(layer.codes, layer.scales, layer.zeros, layer.bits)
-        return versions, tuple(t.detach() for t in source), (weight, grid)
+            multiply, weights = by_4, (weight, layer.group_size, grid)
+        return *state, multiply, weights, tuple(t.detach() for t in source)
 
 
 def pack_int4(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:

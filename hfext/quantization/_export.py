@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compression import joined
+from ._experts import SUFFIX
 from ._linear import QuantLinear
+from ._modules import stacked
 from ._quantizer import quantized_layers
 
 
@@ -43,10 +46,10 @@ def export_compressed_tensors(model: nn.Module, folder: str | os.PathLike, token
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("The model has no layers that hfext has quantised.")
-    if vars(model.hf_quantizer).get("compression") is not None and model.hf_quantizer.compression.kv_cache is not None:
-        raise NotImplementedError(
-            "compressed-tensors has no place for a compressed cache: take it off the model first."
-        )
+    if joined(model.config.quantization_config).kv_cache is not None:
+        raise NotImplementedError("There is no place for a compressed cache: take it off the model first.")
+    if stacked(model) or any(f"{SUFFIX}." in name for name in layers):
+        raise NotImplementedError("Stacked experts cannot be exported: readers disagree on their names and layout.")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; give a folder that is new or empty.")

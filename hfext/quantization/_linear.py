@@ -109,11 +109,13 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        trained = (x, self.scales, self.zeros, self.bias)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-            self.packed.drop()  # the grid may be about to change
-            return AffineLinear.apply(x, self.scales, self.zeros, self.bias, self)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = self.bias
+        if torch.is_grad_enabled():
+            trained = (x, self.scales, self.zeros, bias)
+            if any(t is not None and t.requires_grad for t in trained):
+                self.packed.drop()  # the grid may be about to change
+                return AffineLinear.apply(*trained, self)
+        bias = None if bias is None else bias.to(x.dtype)
         if type(self).dequantized is not QuantLinear.dequantized:  # other weights than s q + z
             return F.linear(x, self.dequantized(x.dtype), bias)
         return _cpu_kernels.linear(self, x, bias)

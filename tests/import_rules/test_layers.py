@@ -1,4 +1,5 @@
-"""Who imports what, read from the source: registry, compat and the packing of codes stand alone, families know only themselves."""
+"""Who imports what, read from the source: registry, compat and the packing of codes stand alone, families know only
+themselves."""
 
 import ast
 from pathlib import Path

@@ -345,3 +345,23 @@ def test_bad_input_is_named():
     assert quantized(lambda: llama(bos_token_id=None), bos_aware=False)
     with pytest.raises(NotImplementedError, match="does not get whole rows"):
         quantized(MODELS["mixtral"], protected=[r".*down_proj_of_expert\.\d+"])
+
+
+@pytest.mark.real_model
+def test_the_first_token_of_a_real_model_no_longer_widens_the_range():
+    """SmolLM2: steps without the first token are smaller where it stands out, and its stored outputs are the plain
+    model's."""
+    smollm2 = pytest.importorskip("hfext.experiments._smollm2")
+    model, tokenizer = smollm2.load()
+    text = "The river runs from the hills to the sea, and along it stand three old mills that nobody uses any more. "
+    ids = torch.tensor([[model.config.bos_token_id, *tokenizer(text * 3)["input_ids"][:63]]])
+    want = outputs(model, ids[:, :1], PROTECTED)
+    steps = {}
+    for aware in (False, True):
+        made = BOSAwareConfig(quantizer=RTNConfig(bits=8), dataset=ids, bos_aware=aware)
+        found = quantize(smollm2.load()[0], made)
+        steps[aware] = {n: layer.act_scale.item() for n, layer in quantized_layers(found).items() if "down" in n}
+    assert all(steps[True][f"model.layers.{i}.mlp.down_proj"] < 0.5 * steps[False][f"model.layers.{i}.mlp.down_proj"]
+               for i in (11, 28, 29))  # fmt: skip
+    for name, out in outputs(found, ids, PROTECTED).items():
+        assert torch.equal(out[:, 0], want[name][:, 0])

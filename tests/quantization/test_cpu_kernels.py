@@ -25,9 +25,8 @@ U = 2.0**-8  # of bfloat16
 def layer(bits=4, rows=48, columns=128, group=64, bias=False, kernel="auto", seed=0, symmetric=False):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     made = QuantLinear(columns, rows, bits, group, bias, dtype=torch.bfloat16)
-    made.store(
-        round_to_nearest(weight, bits, group, symmetric=symmetric), torch.linspace(-1, 1, rows) if bias else None
-    )
+    quantized = round_to_nearest(weight, bits, group, symmetric=symmetric)
+    made.store(quantized, torch.linspace(-1, 1, rows) if bias else None)
     made.packed = _cpu_kernels.Packed(kernel)
     return made
 

@@ -212,7 +212,7 @@ def test_means_are_uniform_when_balanced_and_normal_when_uniform():
     draws = {}
     for sampler in ("balanced", "uniform"):
         callback = OFACallback(sampler, seed=3)
-        steps = [callback.draw(model, step) for step in range(600)]
+        steps = [callback.draw(model, step) for step in range(300)]
         assert steps[7] == OFACallback(sampler, seed=3).draw(model, 7) != OFACallback(sampler, seed=4).draw(model, 7)
         draws[sampler] = mean_of(torch.tensor([list(bits.values()) for bits in steps]), sizes)
     counts = torch.histc(draws["balanced"].float(), bins=10, min=2, max=4)
@@ -220,10 +220,10 @@ def test_means_are_uniform_when_balanced_and_normal_when_uniform():
     assert chisquare(torch.histc(draws["uniform"].float(), bins=10, min=2, max=4).tolist()).pvalue < 1e-6
     expected = float((sizes.double() ** 2).sum() / sizes.sum() ** 2) * 2 / 3
     generator = torch.Generator().manual_seed(0)
-    many = mean_of(torch.stack([draw_uniform(sizes, (2, 3, 4), generator) for _ in range(4000)]), sizes)
+    many = mean_of(torch.stack([draw_uniform(sizes, (2, 3, 4), generator) for _ in range(2000)]), sizes)
     assert float(many.var()) == pytest.approx(expected, rel=0.1)
     assert float(draws["uniform"].var()) == pytest.approx(expected, rel=0.25)
-    assert float(draws["uniform"].mean()) == pytest.approx(3, abs=4 * (expected / 600) ** 0.5)
+    assert float(draws["uniform"].mean()) == pytest.approx(3, abs=4 * (expected / 300) ** 0.5)
 
 
 def test_widths_are_set_by_number_by_name_and_by_mean(tmp_path):
@@ -261,7 +261,7 @@ def test_the_search_keeps_to_the_budget_and_finds_the_best_of_few_layers():
         return sum(gain[name] * 4.0 ** -bits[name] for name in names)
 
     every = [dict(zip(names, bits, strict=True)) for bits in itertools.product((2, 3, 4), repeat=5)]
-    for budget in (2.0, 2.5, 3.1, 4.0):
+    for budget in (2.0, 2.5, 3.1):
         fits = [b for b in every if float(mean_of(torch.tensor(list(b.values())), sizes)) <= budget + 1e-9]
         found = search(names, sizes, (2, 3, 4), budget, loss, candidates=60)
         assert found.average_bits <= budget + 1e-9 and found.loss == loss(found.bits)
@@ -347,22 +347,22 @@ def test_training_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path):
                 drawn.append(get_subnet(model))
                 super().on_step_end(args, state, control, model=model, **kwargs)
 
-        options = dict(save_strategy="steps", save_steps=3, lr_scheduler_type="constant", max_steps=steps)
+        options = dict(save_strategy="steps", save_steps=2, lr_scheduler_type="constant", max_steps=steps)
         made = Trainer(
             model, arguments(folder, **options), train_dataset=ROWS, callbacks=[Watched("balanced", seed=2)]
         )
         return made, drawn
 
-    whole, all_drawn = trainer(tmp_path / "whole", 6)
+    whole, all_drawn = trainer(tmp_path / "whole", 4)
     whole.train()
-    assert len({tuple(bits.values()) for bits in all_drawn}) > 3
+    assert len({tuple(bits.values()) for bits in all_drawn}) == 4
     assert set(get_subnet(whole.model).values()) == {4}  # as before the training
-    first, _ = trainer(tmp_path / "stopped", 3)
+    first, _ = trainer(tmp_path / "stopped", 2)
     first.train()
-    second, drawn = trainer(tmp_path / "stopped", 6)
-    second.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
-    assert drawn == all_drawn[3:]
+    second, drawn = trainer(tmp_path / "stopped", 4)
+    second.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-2"))
+    assert drawn == all_drawn[2:]
     state = second.model.state_dict()
     assert all(torch.equal(x, state[key]) for key, x in whole.model.state_dict().items())
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-6")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
     assert torch.equal(logits(again), logits(whole.model))

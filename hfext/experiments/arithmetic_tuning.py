@@ -55,13 +55,13 @@ class Config:
     digits: int = 2
     hidden: int = 64
     pretraining: int = 800
-    steps: int = 120
+    steps: int = 100
     batch: int = 64
     bits: Literal[2, 3, 4] = 3
     groups_per_row: int = 1
     group_size: int = 16
     rank: int = 4
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     budgets: tuple[float, ...] = (2.2, 3.0, 3.8)
     candidates: int = 30
     tests: int = 512

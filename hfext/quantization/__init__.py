@@ -23,7 +23,9 @@ from . import decoupleq, gptq, hqq, ofa, rtn, sketchtune
 from ._allocation import Allocation, allocate
 from ._calibration import Block
 from ._config import CalibratedConfig, WeightConfig
+from ._cpu_kernels import set_kernel
 from ._data import token_rows
+from ._export import export_compressed_tensors
 from ._fine_tuning import train_grids
 from ._linear import QuantLinear
 from ._quantizer import check_folder, dequantize, quantize, quantized_layers

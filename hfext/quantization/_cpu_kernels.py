@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 
 KERNELS = ("auto", "dequantize", "int4")
 FEW_TOKENS = 24
-PIECE = 1 << 19  # weights, 2 MB in fp32
+PIECE = 1 << 20  # weights, 4 MB in fp32
 
 
 class Packed:

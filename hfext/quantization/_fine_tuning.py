@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ._quantizer import quantized_layers
+from ._wrapper import WrapperConfig
 
 
 def train_grids(model: nn.Module, norms: bool = True, dtype: torch.dtype = torch.float32) -> int:
@@ -38,5 +39,9 @@ def train_grids(model: nn.Module, norms: bool = True, dtype: torch.dtype = torch
             chosen += module.parameters(recurse=False)
     for parameter in chosen:
         parameter.requires_grad_(True)
-    model.hf_quantizer.quantization_config.scale_dtype = str(dtype).removeprefix("torch.")
+    config = model.hf_quantizer.quantization_config
+    while isinstance(config, WrapperConfig):
+        config.scale_dtype = str(dtype).removeprefix("torch.")
+        config = config.quantizer
+    config.scale_dtype = str(dtype).removeprefix("torch.")
     return sum(parameter.numel() for parameter in chosen)

@@ -62,7 +62,7 @@ class WeightQuantizer(HfQuantizer):
             quantize_layers(model, self.quantization_config)
         for name, layer in quantized_layers(model).items():
             for key in layer.kept_types():
-                x = layer._parameters[key]
+                x = layer._parameters[key].requires_grad_(False)
                 if not x.is_meta and not x.isfinite().all():
                     raise ValueError(f"{name}.{key} holds NaN or infinity: the checkpoint is damaged.")
         self.quantization_config.finish_model(model)

@@ -52,6 +52,12 @@ torch.save(model(torch.tensor({IDS.tolist()})).logits.detach(), {str(tmp_path / 
     assert torch.equal(torch.load(tmp_path / "logits.pt"), WANT)
 
 
+def test_grids_ask_for_no_gradient_until_they_are_trained(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not any(p.requires_grad for layer in quantized_layers(model).values() for p in layer.parameters())
+    assert model.model.norm.weight.requires_grad
+
+
 def test_shards(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")

@@ -5,7 +5,7 @@ import torch
 from quantization_cases import data, llama
 from transformers import AutoModelForCausalLM
 
-from hfext.quantization import DecoupleQConfig, GPTQConfig, LoRCConfig, RTNConfig, quantize, to_lora
+from hfext.quantization import DecoupleQConfig, GPTQConfig, LoRCConfig, RTNConfig, quantize, to_lora, train_grids
 from hfext.quantization._quantizer import quantized_layers
 from hfext.quantization.lorc import factors, rows_of_bytes
 
@@ -133,6 +133,21 @@ def test_the_correction_as_an_adapter_keeps_the_outputs_and_trains():
     assert model.config.quantization_config.weights.method == "rtn"
     with pytest.raises(ValueError, match="no corrections"):
         to_lora(quantize(llama(), rtn()))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_trained_grids_and_factors_come_back_bit_equal(bits, tmp_path):
+    model = quantize(llama(), LoRCConfig(quantizer=rtn(), rank=4, factor_bits=bits))
+    train_grids(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(IDS, labels=IDS).loss.backward()
+    layer = model.model.layers[0].mlp.up_proj
+    name = "lorc_u_scales" if bits == 8 else "lorc_u"
+    before = getattr(layer, name).detach().clone()
+    optimizer.step()
+    assert not torch.equal(getattr(layer, name), before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_bad_options_are_named():

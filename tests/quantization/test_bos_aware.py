@@ -347,6 +347,7 @@ def test_bad_input_is_named():
         quantized(MODELS["mixtral"], protected=[r".*down_proj_of_expert\.\d+"])
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_the_first_token_of_a_real_model_no_longer_widens_the_range():
     """SmolLM2: steps without the first token are smaller where it stands out, and its stored outputs are the plain

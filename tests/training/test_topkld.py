@@ -285,6 +285,7 @@ def test_a_peft_student_learns_from_its_base(model, tmp_path):
         assert p.requires_grad == ("lora_" in name)
 
 
+@pytest.mark.slow
 def test_bfloat16_training_is_near_float32(model, tmp_path):
     teacher = model(seed=1)
     wide, low = (trained(tmp_path, model(), teacher, bf16=bf16) for bf16 in (False, True))

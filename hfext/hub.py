@@ -70,7 +70,7 @@ def save_record(
         "methods": [registry.get(name).name for name in methods],
         "base_model": base_model,
         "relation": relation,
-        "config": plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config or {}),
+        "config": plain(_settings(config)),
         "results": plain(results or []),
         "versions": recipe.versions(),
     }
@@ -79,11 +79,22 @@ def save_record(
     return folder / RECORD
 
 
+def _settings(config: Any) -> Any:
+    """A config as a mapping; ours leave out the data they were calibrated on."""
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if isinstance(config, QuantizationConfigMixin):
+        return config.to_dict()
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config or {}
+
+
 def read_record(folder: str | Path) -> dict[str, Any]:
     """The content of `hfext.json`; `ValueError` when it is damaged or of a format this version does not know."""
     path = Path(folder) / RECORD
     if not path.is_file():
-        raise FileNotFoundError(f"There is no {RECORD} in {folder}: it was not saved with hfext.")
+        raise FileNotFoundError(
+            f"There is no {RECORD} in {folder}: call hfext.hub.save_record(folder, [method, ...]) first."
+        )
     try:
         record = json.loads(path.read_bytes())
     except ValueError as error:

@@ -40,7 +40,7 @@ def allocated(config: type[q.WeightConfig], **options: Any) -> Callable[..., q.W
 
     def make(model, bits, group_size, data):
         chosen = q.allocate(model, data[:TRACE_ROWS], average_bits=bits, bits=(2, 3, 4), group_size=group_size,
-                            draws=DRAWS)  # fmt: skip
+                            max_draws=DRAWS, min_draws=DRAWS)  # fmt: skip
         return calibrated(config, **options)(model, dict(chosen), group_size, data)
 
     return make

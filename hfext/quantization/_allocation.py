@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from .._fields import one_of
@@ -176,7 +177,7 @@ def allocate(
     bits = _bits(bits)
     quantized = quantizer(quantize, group_size)
     modules = quantizable(model, modules_to_not_convert)
-    _no_stacks(model)
+    _no_stacks(model, modules_to_not_convert)
     layers = layers_of(modules)
     sizes = [layer.size for layer in layers]
     if not bits[0] <= average_bits <= bits[-1]:
@@ -293,12 +294,15 @@ def _bits(bits: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(bits)))
 
 
-def _no_stacks(model: nn.Module) -> None:
+def _no_stacks(model: nn.Module, modules_to_not_convert: Iterable[str] | None) -> None:
     """A quantiser turns stacked experts into layers, which need bits by name that the model as it is does not have."""
     for name, module in model.named_modules():
+        if not should_convert_module(name, list(modules_to_not_convert or ())):
+            continue
         if "expert" in type(module).__name__.lower() and any(p.dim() == 3 for p in module.parameters(recurse=False)):
             raise NotImplementedError(
-                f"{name} holds stacked experts, to which no bits can be allocated: use one number of bits for all."
+                f"{name} holds stacked experts, to which no bits can be allocated: leave them out with "
+                "modules_to_not_convert, or use one number of bits for all."
             )
 
 

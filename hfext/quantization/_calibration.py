@@ -17,8 +17,9 @@ from transformers.utils import logging
 
 from ._affine import round_to_nearest
 from ._checkpoint import Finished
-from ._config import CalibratedConfig
+from ._config import CalibratedConfig, naming
 from ._data import batches, token_rows
+from ._experts import of_expert
 from ._modules import block_lists, put
 
 logger = logging.get_logger(__name__)
@@ -148,7 +149,8 @@ class Block:
         """Put a quantised layer in the place of the plain one, filled with what the method found."""
         linear, bits = self.layers[name]
         layer = self.config.empty_layer(linear, bits)
-        self.config.fill(layer, result, None if linear.bias is None else linear.bias.detach())
+        with naming(f"{self.name}.{name}"):
+            self.config.fill(layer, result, None if linear.bias is None else linear.bias.detach())
         self.config.complete(layer, linear.weight.detach(), hessian)
         if hessian is not None:
             self.errors[name] = relative_error(self.weight(name), layer.weight.data.float(), hessian)
@@ -181,7 +183,7 @@ class Block:
 
     def routed(self, name: str) -> bool:
         """Whether a layer is one expert of several, which sees some of the tokens."""
-        return bool(re.search("expert", name)) and name.rpartition(".")[2].isdigit()
+        return of_expert(name)
 
     def _watch(self) -> tuple[list[list[str]], list[Tensor]]:
         """The stages, and the outputs of the block before it is quantised."""

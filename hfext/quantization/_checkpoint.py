@@ -39,7 +39,7 @@ class Finished:
             "config": config.to_dict(),
             "layers": {name: bits for name, (_, bits) in layers.items()},
             "data": fingerprint(rows),
-            "weights": fingerprint([p.flatten()[:4096] for p in model.parameters()]),
+            "weights": fingerprint([part for p in model.parameters() for part in sample(p.detach())]),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / RUN
@@ -106,6 +106,13 @@ def write(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def sample(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first numbers of a tensor, and sums over all of it."""
+    return x.flatten()[:4096], torch.stack(
+        [x.sum(dtype=torch.float64), torch.linalg.vector_norm(x, dtype=torch.float64)]
+    )
 
 
 def fingerprint(tensors: list[Tensor]) -> str:

@@ -5,7 +5,8 @@ second moments of its inputs, or `quantize_block`, which sees a whole block with
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -52,6 +53,7 @@ class WeightConfig(PartConfig):
     slot: ClassVar[str] = "weights"
     kind: ClassVar[str] = "quantiser of weights"
     calibrated: ClassVar[bool] = False
+    rescales: ClassVar[bool] = False  # moves scales from layer to layer
     widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
     hf_quantizer: ClassVar[type]  # set by _quantizer.py
     bits: int | dict[str, int] = 4
@@ -103,16 +105,30 @@ class WeightConfig(PartConfig):
     def quantize_into(self, layer: nn.Module, weight: Tensor, bias: Tensor | None, name: str) -> None:
         """Fill an empty layer from a weight alone; a weight with NaN or infinity is a `ValueError` with its name."""
         check_finite(weight, name)
-        self.fill(layer, self.quantize_weight(weight.float(), layer.bits, self.group_size), bias)
+        with naming(name):
+            self.fill(layer, self.quantize_weight(weight.float(), layer.bits, self.group_size), bias)
         self.complete(layer, weight, None)
 
     def bits_of(self, name: str) -> int:
         """Bits of a layer by its name."""
         return self.bits if isinstance(self.bits, int) else self.bits[name]
 
+    def _rename(self, model: nn.Module, linears: Iterable[str]) -> None:
+        """Names of a model with a head stand for those of its base, and the other way round."""
+        prefix = f"{model.base_model_prefix}."
+        known = set(linears)
+        for change in (lambda name: name.removeprefix(prefix), lambda name: prefix + name):
+            if isinstance(self.bits, dict) and not known & self.bits.keys():
+                moved = {change(name): bits for name, bits in self.bits.items()}
+                self.bits = moved if moved.keys() == known else self.bits
+            if self.skipped_modules and not known & set(self.skipped_modules):
+                moved = [change(name) for name in self.skipped_modules]
+                self.skipped_modules = moved if set(moved) <= known else self.skipped_modules
+
     def layers(self, model: nn.Module) -> dict[str, tuple[nn.Linear, int]]:
         """The layers of a plain model that this config quantises, with their bits; raises on those that do not fit."""
         linears = quantizable(model, self.modules_to_not_convert)
+        self._rename(model, linears)
         if isinstance(self.bits, dict):
             wrong = sorted(linears.keys() ^ self.bits.keys())
             if wrong:
@@ -225,3 +241,12 @@ def check_finite(weight: Tensor, name: str) -> None:
     """Raise `ValueError` with the layer's name where a weight holds NaN or infinity."""
     if not weight.isfinite().all():
         raise ValueError(f"{name}: its weight holds NaN or infinity.")
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a layer's name before the message of a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

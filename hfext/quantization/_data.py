@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ def token_rows(
     """
     if data is None:
         raise ValueError("No calibration data was given: set dataset= to texts, token ids, a dataset or a path.")
-    if isinstance(data, str | Path):
+    if isinstance(data, str | Path) and str(data):
         data = _read(Path(data))
     rows, texts = _split(data)
     if texts:
@@ -56,8 +57,9 @@ def token_rows(
         raise ValueError("The calibration data holds no tokens.")
     size = model.get_input_embeddings().weight.shape[0]
     for row in rows:
-        if row.min() < 0 or row.max() >= size:
-            raise ValueError(f"The calibration data holds token {int(row.max())}, but the model knows {size} tokens.")
+        wrong = row[(row < 0) | (row >= size)]
+        if len(wrong):
+            raise ValueError(f"The calibration data holds token {int(wrong[0])}, but the model knows {size} tokens.")
     if len(rows) > num_samples:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_samples]
         rows = [rows[i] for i in order.sort().values]
@@ -96,12 +98,14 @@ def _split(data: Any) -> tuple[list[Tensor], list[str]]:
     """Rows of ids and texts that stand in `data`."""
     if isinstance(data, str):
         return [], [data]
+    if isinstance(data, np.ndarray):
+        data = torch.as_tensor(data)
     if isinstance(data, Tensor):
         if data.is_floating_point() or data.dtype == torch.bool or data.dim() not in (1, 2):
             raise ValueError(f"Calibration data is {data.dtype} {list(data.shape)} but must be ids [rows, tokens].")
         return list(data.detach().cpu().long().reshape(-1, data.shape[-1])), []
-    if hasattr(data, "column_names"):
-        names = data.column_names
+    names = getattr(data, "column_names", None)
+    if names is not None:
         if isinstance(names, dict):
             raise TypeError(f"Calibration data has the splits {', '.join(names)}: choose one.")
         column = next((name for name in ("input_ids", *TEXT_COLUMNS) if name in names), None)
@@ -112,13 +116,14 @@ def _split(data: Any) -> tuple[list[Tensor], list[str]]:
         return _item(data)
     if isinstance(data, Iterable):
         data = list(data)
-        if data and isinstance(data[0], int):
+        if data and isinstance(data[0], int | np.integer):
             return [torch.tensor(data)], []
         rows: list[Tensor] = []
         texts: list[str] = []
         for item in data:
             more_rows, more_texts = _split(item)
-            rows, texts = rows + more_rows, texts + more_texts
+            rows += more_rows
+            texts += more_texts
         return rows, texts
     raise TypeError(
         f"Calibration data is {type(data).__name__} but must be texts, token ids, a tensor, a dataset or a path."
@@ -131,8 +136,15 @@ def _item(item: Any) -> tuple[list[Tensor], list[str]]:
         if column is None:
             raise TypeError(f"A calibration row has {', '.join(item)}: none is input_ids or text.")
         return _split(item[column])
+    if isinstance(item["input_ids"], list) and item["input_ids"] and isinstance(item["input_ids"][0], list):
+        masks = item.get("attention_mask") or [None] * len(item["input_ids"])
+        pairs = zip(item["input_ids"], masks, strict=True)
+        rows = [{"input_ids": row} | ({} if mask is None else {"attention_mask": mask}) for row, mask in pairs]
+        return [part for row in rows for part in _item(row)[0]], []
     ids = torch.as_tensor(item["input_ids"]).long()
     mask = torch.as_tensor(item["attention_mask"]).bool() if "attention_mask" in item else torch.ones_like(ids).bool()
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask is {list(mask.shape)} but must be {list(ids.shape)}, as input_ids is.")
     return [
         row[real].cpu() for row, real in zip(ids.view(-1, ids.shape[-1]), mask.view(-1, ids.shape[-1]), strict=True)
     ], []

@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..compression import joined
 from ._experts import SUFFIX
 from ._linear import QuantLinear
 from ._modules import stacked
 from ._quantizer import quantized_layers
+
+logger = logging.get_logger(__name__)
 
 
 def export_compressed_tensors(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> None:
@@ -61,6 +64,11 @@ def export_compressed_tensors(model: nn.Module, folder: str | os.PathLike, token
             del state[f"{name}.{key}"]
         for key, x in stored(layer, None if symmetric else points[name]).items():
             state[f"{name}.{key}"] = x
+    if not symmetric:
+        logger.warning(
+            "transformers reads zero points of compressed-tensors only with from_pretrained(folder, "
+            "quantization_config=CompressedTensorsConfig(dequantize=True)); symmetric=True of the method needs none."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:

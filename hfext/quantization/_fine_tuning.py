@@ -39,6 +39,7 @@ def train_grids(model: nn.Module, norms: bool = True, dtype: torch.dtype = torch
             chosen += module.parameters(recurse=False)
     for parameter in chosen:
         parameter.requires_grad_(True)
+    model.hf_quantizer.trained = True
     config = model.hf_quantizer.quantization_config
     while isinstance(config, WrapperConfig):
         config.scale_dtype = str(dtype).removeprefix("torch.")

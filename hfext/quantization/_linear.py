@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .._packing import dequantize_packed_minmax, pack, packed_length, unpack
 from . import _cpu_kernels
-from ._affine import Quantized
+from ._affine import Quantized, away_from_zero
 
 
 class QuantLinear(nn.Linear):
@@ -79,6 +79,13 @@ class QuantLinear(nn.Linear):
                 'set scale_dtype="bfloat16" or "float32".'
             )
         self.packed.drop()
+        exact = away_from_zero(quantized.scales)
+        moved = ((scales - quantized.scales) * (2**self.bits - 1)).abs() + (zeros - quantized.zeros).abs()
+        if (moved / exact.abs()).median() > 0.5:
+            raise ValueError(
+                f"The weights are too small for a grid in {str(self.scales.dtype).removeprefix('torch.')}: set "
+                'scale_dtype="float32".'
+            )
         self.qweight.copy_(pack(quantized.codes, self.bits))
         self.scales.data.copy_(scales)
         self.zeros.data.copy_(zeros)
@@ -105,6 +112,17 @@ class QuantLinear(nn.Linear):
     def weight(self) -> Tensor:
         """The weight [out, in] that the layer stands for, made anew each time; it cannot be written."""
         return self.effective(self.compute_dtype).as_subclass(ReadOnlyWeight)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # PEFT gives a layer its own weight back when it takes an adapter off.
+        if not (isinstance(value, ReadOnlyWeight) and torch.equal(value, self.weight)):
+            raise NotImplementedError(MERGING)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise NotImplementedError(MERGING)
+        super().register_parameter(name, param)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -180,21 +198,40 @@ class AffineLinear(torch.autograd.Function):
         return for_x, for_scales, for_zeros, for_bias, None
 
 
-class ReadOnlyWeight(Tensor):
-    """The weight of a quantised layer as others read it: every result of it is a plain tensor, writing is refused."""
+MERGING = (
+    "The weight of a quantised layer cannot be written, so an adapter cannot be merged into it. Keep the adapter "
+    "beside the model, or call hfext.quantization.dequantize(model) first and merge then."
+)
+AUGMENTED = ("__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul",
+                                                          "and", "or", "xor", "lshift", "rshift", "pow")))  # fmt: skip
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+
+class ReadOnlyWeight(Tensor):
+    """The weight of a quantised layer as others read it: it and its views refuse to be written, as that would be lost;
+    every other result is a plain tensor."""
+
+    _is_hf_initialized = True  # transformers is not to fill it with random numbers
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = function.__name__
+        in_place = name in AUGMENTED or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        if in_place and args and isinstance(args[0], cls):
+            raise NotImplementedError(MERGING)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+            if type(result) is Tensor and args and isinstance(args[0], cls) and not result.is_meta:
+                whole = args[0].untyped_storage().data_ptr()
+                return result.as_subclass(cls) if result.untyped_storage().data_ptr() == whole else result
+        return result
 
     @property
     def data(self) -> Tensor:
-        return self.as_subclass(Tensor).detach()
+        return self.detach()
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise NotImplementedError(
-            "The weight of a quantised layer cannot be written, so an adapter cannot be merged into it. Keep the "
-            "adapter beside the model, or call hfext.quantization.dequantize(model) first and merge then."
-        )
+        raise NotImplementedError(MERGING)
 
 
 def misfit(in_features: int, bits: int, group_size: int) -> str:

@@ -40,13 +40,17 @@ def quantizable(model: nn.Module, modules_to_not_convert: Iterable[str] | None =
         NotImplementedError: A block holds weights in a form that cannot be quantised, and they are not left out.
     """
     left_out = list(modules_to_not_convert or ())
+    # What was saved with a head is loaded without one, too.
+    own = f"{getattr(model, 'base_model_prefix', '')}."
+    shorter = {pattern: pattern.removeprefix(own) for pattern in left_out}
     lists = block_lists(model)
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of blocks with linear layers, so nothing to quantise.")
     names = [name for name, _ in model.named_modules()]
     for pattern in left_out:
-        if all(should_convert_module(name, [pattern]) for name in names):
+        if all(should_convert_module(name, [pattern, shorter[pattern]]) for name in names):
             raise ValueError(f"modules_to_not_convert has {pattern!r}, which fits no module of the model.")
+    left_out += shorter.values()
     found = {}
     for prefix, blocks in lists.items():
         for inner, module in blocks.named_modules():

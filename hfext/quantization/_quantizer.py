@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..compression import CompressionConfig, NoWeights, adopt_weights
 from ._calibration import calibrate
 from ._config import WeightConfig, check_finite
-from ._experts import stack, unstack
+from ._experts import Unstacked, apart, stack, unstack
 from ._linear import QuantLinear
 from ._modules import put, stacked
 from ._on_load import QuantizeOnLoad, awaits_weight, finish, prepare
@@ -84,9 +84,11 @@ class WeightQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    trained = False  # whether `train_grids` or the like chose what the Trainer is to train
+
     @property
     def is_qat_trainable(self) -> bool:
-        return True
+        return self.trained
 
     @property
     def is_compileable(self) -> bool:
@@ -106,11 +108,15 @@ def quantize_layers(model: nn.Module, config: WeightConfig) -> None:
     meta = [name for name, p in model.named_parameters() if p.is_meta]
     if meta:
         raise ValueError(f"{meta[0]} is offloaded, and what is not in memory cannot be quantised. Load on one device.")
-    unstack(model, config.modules_to_not_convert)
+    stacks: list[Unstacked] = []
     try:
+        unstack(model, config.modules_to_not_convert, stacks)
         layers = config.layers(model)
         for name, (linear, _) in layers.items():
             check_finite(linear.weight, name)
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity.")
         if config.calibrated:
             calibrate(model, config, layers)
             return
@@ -122,7 +128,8 @@ def quantize_layers(model: nn.Module, config: WeightConfig) -> None:
         for name, layer in made.items():
             put(model, name, layer)
     except BaseException:
-        stack(model)
+        for unstacked in stacks:
+            unstacked.restore()
         raise
 
 
@@ -149,9 +156,11 @@ def quantize(model: nn.Module, config: WeightConfig) -> nn.Module:
     """
     if not isinstance(config, WeightConfig):
         raise TypeError(f"config is {type(config).__name__} but must be a config of hfext.quantization.")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError("The model has adapters of PEFT: merge them first, or quantise the model and add them then.")
     old = getattr(model, "hf_quantizer", None)
     if quantized_layers(model) or not (old is None or isinstance(old, NoWeights)):
-        raise ValueError("The model is quantised already. Call model.dequantize() first, where its quantiser can.")
+        raise ValueError("The model is quantised already. Call hfext.quantization.dequantize(model) first.")
     WeightQuantizer(config, pre_quantized=False).validate_environment()
     quantize_layers(model, config)
     config.finish_model(model)
@@ -161,9 +170,12 @@ def quantize(model: nn.Module, config: WeightConfig) -> nn.Module:
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Give a model plain layers again, in place, in `dtype` or its own type; also under PEFT adapters, which can be
-    merged afterwards. The rounding error stays."""
+    merged afterwards; with experts call it once more then, which stacks them. The rounding error stays."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = getattr(base, "hf_quantizer", None)
+    if apart(base) and not quantized_layers(model):
+        stack(base)
+        return model
     if found is None or not quantized_layers(model):
         raise ValueError("The model has no layers that hfext has quantised.")
     base.dequantize(dtype)

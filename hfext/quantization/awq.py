@@ -43,6 +43,7 @@ class AWQConfig(CalibratedConfig):
     """
 
     method: ClassVar[str] = "awq"
+    rescales: ClassVar[bool] = True
     group_size: int = 128
     scale: bool = True
     clip: bool = True
@@ -179,7 +180,7 @@ def mover(block: Block, stage: list[str]) -> Callable[[Tensor], None] | None:
     Tried are norms that give the layers their input, with weights w or 1 + w, and single layers before a single one. A
     move is right when the output of the block stays, for scales drawn at random.
     """
-    if any(name.rpartition(".")[2].isdigit() for name in stage):
+    if any(block.routed(name) for name in stage):
         return None
     width = block.layers[stage[0]][0].in_features
     tries: list[Callable[[Tensor], None]] = []

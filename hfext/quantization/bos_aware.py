@@ -80,6 +80,11 @@ class BOSAwareConfig(WrapperConfig, CalibratedConfig):
                 f"quantizer is {type(inner).__name__}, whose layers are of their own kind. Take one that keeps "
                 "weights as w = s q + z and no more, such as RTNConfig or GPTQConfig."
             )
+        if inner.rescales:
+            raise NotImplementedError(
+                f"quantizer is {type(inner).__name__}, which changes what layers give, so that outputs noted before "
+                "are wrong. Take RTNConfig, HQQConfig, GPTQConfig or DecoupleQConfig."
+            )
         if isinstance(inner, CalibratedConfig):
             for f in dataclasses.fields(CalibratedConfig):
                 if f.name in OF_DATA and getattr(self, f.name) is f.default:

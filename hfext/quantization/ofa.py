@@ -239,6 +239,7 @@ def train_subnets(model: nn.Module) -> int:
     """Make the adapters of all widths the trainable parameters of a model, in place; returns how many numbers."""
     layers = ofa_layers(model)
     model.requires_grad_(False)
+    model.hf_quantizer.trained = True
     chosen = [layer.of(key, b) for layer in layers.values() for b in layer.choices for key in ("down", "up")]
     for parameter in chosen:
         parameter.requires_grad_(True)

@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 import transformers
-from quantization_cases import data, llama, tiny
+from quantization_cases import MODELS, data, llama, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, QuantoConfig, Trainer, TrainingArguments
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 import hfext
 from hfext.cli import app
-from hfext.quantization import CalibratedConfig, HQQConfig, RTNConfig, dequantize, quantize
+from hfext.quantization import CalibratedConfig, GPTQConfig, HQQConfig, RTNConfig, dequantize, quantize
 from hfext.quantization._quantizer import quantized_layers
 
 IDS = data(rows=2, tokens=24, seed=1)
@@ -95,6 +96,113 @@ def test_a_base_model_loads_from_a_head_and_the_other_way_round(folder, tmp_path
     again = transformers.AutoModel.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         assert torch.equal(again(IDS).last_hidden_state, base(IDS).last_hidden_state)
+
+
+def test_options_that_name_layers_fit_the_base_model_too(tmp_path):
+    model = llama(intermediate_size=40)
+    names = [name for name, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)]
+    bits = {f"model.layers.{name}": (2, 3, 4)[i % 3] for i, name in enumerate(names)}
+    left_out = ["model.layers.0.mlp.up_proj"]
+    del bits[left_out[0]]
+    config = RTNConfig(bits=bits, group_size=16, on_unsupported="skip", modules_to_not_convert=left_out)
+    quantize(model, config)
+    model.save_pretrained(tmp_path / "head")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "head")
+    with torch.no_grad():
+        want = model.model(IDS).last_hidden_state
+        assert torch.equal(base(IDS).last_hidden_state, want)
+        base.save_pretrained(tmp_path / "base")
+        again = transformers.AutoModel.from_pretrained(tmp_path / "base")
+        assert torch.equal(again(IDS).last_hidden_state, want)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_failed_run_puts_stacked_experts_back(kind, monkeypatch):
+    model = MODELS[kind]()
+    before = {name: p for name, p in model.named_parameters()}
+    settings = [m.config._experts_implementation for m in model.modules() if type(m).__name__.endswith("Experts")]
+    calls = []
+
+    def failing(self, weight, bits, group_size):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return whole(self, weight, bits, group_size)
+
+    whole = RTNConfig.quantize_weight
+    monkeypatch.setattr(RTNConfig, "quantize_weight", failing)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, RTNConfig(group_size=16))
+    after = {name: p for name, p in model.named_parameters()}
+    assert before.keys() == after.keys() and all(before[name] is p and p.requires_grad for name, p in after.items())
+    monkeypatch.undo()
+    quantize(model, RTNConfig(group_size=16)).dequantize()
+    assert all(p.requires_grad for p in model.parameters())
+    now = [m.config._experts_implementation for m in model.modules() if type(m).__name__.endswith("Experts")]
+    assert now == settings
+
+
+@pytest.mark.parametrize("name", ["input_layernorm.weight", "self_attn.q_proj.bias"])
+@pytest.mark.parametrize("config", [RTNConfig, GPTQConfig])
+def test_nan_beside_the_weights_is_named(config, name):
+    model = llama(attention_bias=True)
+    model.get_parameter(f"model.layers.1.{name}").data[3] = torch.nan
+    options = {"dataset": data()} if config is GPTQConfig else {}
+    with pytest.raises(ValueError, match=f"model.layers.1.{name} holds NaN"):
+        quantize(model, config(group_size=16, **options))
+    assert not quantized_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("factor", "hint"), [(1e-5, "too small for a grid in float16"), (1e7, "too large for float16")]
+)
+def test_weights_whose_grid_half_precision_cannot_hold_are_named(factor, hint):
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(factor)
+    with pytest.raises(ValueError, match=rf"model\.layers\.1\.mlp\.up_proj: .*{hint}"):
+        quantize(model, RTNConfig(bits=8, group_size=16))
+    quantize(model, RTNConfig(bits=8, group_size=16, scale_dtype="float32"))
+
+
+def test_adapters_reach_experts(tmp_path):
+    model = quantize(MODELS["mixtral"](), RTNConfig(group_size=16))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    assert any("of_expert" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    want = logits(adapted)
+    dequantize(adapted)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), want, atol=1e-5, rtol=0)
+    dequantize(merged).save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), want, atol=1e-5, rtol=0)
+
+
+def test_a_model_with_adapters_is_refused():
+    adapted = peft.get_peft_model(llama(), peft.LoraConfig(r=16, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapters of PEFT"):
+        quantize(adapted, RTNConfig(group_size=16))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+        peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], init_weights=False),
+        peft.DeloraConfig(r=4, target_modules=["q_proj"]),
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], init_ia3_weights=False),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_no_adapter_is_lost_in_a_merge_and_all_come_off(adapter):
+    model = quantize(llama(), RTNConfig(bits=4, group_size=16))
+    want = logits(model)
+    adapted = peft.get_peft_model(model, adapter)
+    with_adapter = logits(adapted)
+    with pytest.raises(NotImplementedError, match="dequantize"):
+        adapted.merge_adapter()
+    assert torch.equal(logits(adapted), with_adapter)
+    assert torch.equal(logits(adapted.unload()), want)
 
 
 def test_no_plain_weight_stays_while_it_is_quantised_on_load(plain, monkeypatch):
@@ -199,6 +307,8 @@ def test_a_cache_joins_and_leaves_quantised_weights(folder, tmp_path):
 
 def test_the_trainer_tunes_grids_and_norms_and_keeps_codes(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model, TrainingArguments(tmp_path / "out", report_to=[], use_cpu=True))
     hfext.quantization.train_grids(model)
     codes = {name: layer.qweight.clone() for name, layer in quantized_layers(model).items()}
     rows = [{"input_ids": row, "labels": row} for row in data(rows=8, tokens=16)]
@@ -243,8 +353,6 @@ def test_bits_that_do_not_name_the_layers_are_refused():
 
 
 def test_not_one_chain_of_blocks_is_refused_for_calibration(tiny_t5):
-    from hfext.quantization import GPTQConfig
-
     with pytest.raises(NotImplementedError, match=r"encoder\.block and decoder\.block"):
         quantize(tiny_t5(), GPTQConfig(group_size=16, dataset=data(), modules_to_not_convert=[]))
     model = quantize(tiny_t5(), HQQConfig(group_size=16))

@@ -101,3 +101,9 @@ def test_options_reach_the_method():
     assert all(torch.equal(a, b) for a, b in zip(config.quantize_weight(x, 2, 16), want, strict=True))
     with pytest.raises(ValueError, match="zero_point is 'half' but must be one of 'float', 'int'"):
         RTNConfig(zero_point="half")
+
+
+def test_exact_halves_go_up():
+    values = torch.tensor([[0.0, 0.5, 1.5, 2.5, 3.0, 1.0, 2.0, 3.0]])
+    codes = nearest(values, torch.ones(1, 1), torch.zeros(1, 1), 2)
+    assert codes.tolist() == [[0, 1, 2, 3, 3, 1, 2, 3]]

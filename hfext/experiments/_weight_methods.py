@@ -50,7 +50,7 @@ LAYER = {"block_epochs": 0}
 BOTH = {"clip": "group", "sweeps": 3, "block_lr": 1e-3}
 METHODS: dict[str, Row] = {
     "rtn": Row("RTN, integer zero", free(q.RTNConfig, zero_point="int")),
-    "rtn_float": Row("RTN, float zero", free(q.RTNConfig)),
+    "rtn_float": Row("RTN, float zero", free(q.RTNConfig, zero_point="float")),
     "hqq": Row("HQQ", free(q.HQQConfig)),
     "awq": Row("AWQ", calibrated(q.AWQConfig, search_rows=4)),
     "gptq": Row("GPTQ", calibrated(q.GPTQConfig)),
@@ -59,8 +59,8 @@ METHODS: dict[str, Row] = {
     "decoupleq": Row(
         "decoupleQ, both stages, clip by group, 3 sweeps, block lr 1e-3", calibrated(q.DecoupleQConfig, **BOTH)
     ),
-    "rtn_lorc8": Row("RTN, float zero + LoRC 8", corrected(free(q.RTNConfig), 8)),
-    "rtn_lorc32": Row("RTN, float zero + LoRC 32", corrected(free(q.RTNConfig), 32)),
+    "rtn_lorc8": Row("RTN, float zero + LoRC 8", corrected(free(q.RTNConfig, zero_point="float"), 8)),
+    "rtn_lorc32": Row("RTN, float zero + LoRC 32", corrected(free(q.RTNConfig, zero_point="float"), 32)),
     "decoupleq_mixed": Row(
         "decoupleQ, layer stage, bits by HAWQ-V2", allocated(q.DecoupleQConfig, **LAYER), (2.5, 3.0)
     ),

@@ -3,7 +3,8 @@
 A mixture of experts keeps the weights of all experts in one parameter [experts, out, in]. `unstack` makes them single
 layers, `<name>_of_expert.e0`, `.e1`, ..., and leaves in the parameter's place something that gives, for `[e]`, a
 weight that acts: where the model multiplies by it, the layer runs. The model's own forward stays, so each
-architecture keeps its gating, and everything that works on linear layers works on experts: hooks, quantised layers, adapters.
+architecture keeps its gating, and everything that works on linear layers works on experts: hooks, quantised layers,
+adapters.
 """
 
 import copy

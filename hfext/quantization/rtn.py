@@ -23,14 +23,15 @@ class RTNConfig(WeightConfig):
     """Options of rounding to nearest, beside those of `WeightConfig`.
 
     Args:
-        zero_point (`str`, *optional*, defaults to "float"): "float" lets the offset be any number, which is better at
-            2 bits; "int" makes 0 exact, as other libraries and their kernels expect.
+        zero_point (`str`, *optional*, defaults to "int"): "int" makes 0 exact, as other libraries and their kernels
+            expect; "float" lets the offset be any number, which fits the weights better and a model worse: on
+            SmolLM2-135M at 3 bits the perplexity is 221 instead of 77.
         symmetric (`bool`, *optional*, defaults to `False`): The range is -m .. m and the zero point its middle.
         clip_search (`bool`, *optional*, defaults to `False`): Shrink ranges where that lowers the error.
     """
 
     method: ClassVar[str] = "rtn"
-    zero_point: Literal["float", "int"] = "float"
+    zero_point: Literal["float", "int"] = "int"
     symmetric: bool = False
     clip_search: bool = False
 

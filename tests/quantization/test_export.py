@@ -162,7 +162,7 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     out = tmp_path / "out"
     for made, error, problem in (
         (llama(), ValueError, "no layers that hfext has quantised"),
-        (quantize(llama(), RTNConfig(group_size=16)), ValueError, 'zero_point="int" or symmetric=True'),
+        (quantize(llama(), RTNConfig(group_size=16, zero_point="float")), ValueError, "or symmetric=True"),
         (quantize(llama(), HQQConfig(group_size=16)), ValueError, 'zero_point="int" or symmetric=True'),
         (model(bits=2, group_size=16), ValueError, "2 bits, but 4 and 8"),
         (model(kind="mixtral", group_size=16), NotImplementedError, "Stacked experts"),

@@ -123,7 +123,8 @@ def register(method: Method) -> Method:
 
 def collect(package: str) -> list[Method]:
     """Register every `METHOD` found in the imported modules of `package` and return the records."""
-    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(package + ".")]
+    names = sorted(name for name in sys.modules if name.startswith(package + "."))
+    modules = [sys.modules[name] for name in names]
     return [register(vars(module)["METHOD"]) for module in modules if "METHOD" in vars(module)]
 
 

@@ -88,7 +88,7 @@ def test_damaged_records_are_refused(artifact):
 
 
 def test_a_folder_without_a_record_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not saved with hfext"):
+    with pytest.raises(FileNotFoundError, match="call hfext.hub.save_record"):
         hub.read_record(tmp_path)
 
 

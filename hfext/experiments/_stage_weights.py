@@ -29,7 +29,8 @@ def weights(state: "State") -> None:
     calibration, held_out = rows[: c.weights_rows], rows[c.weights_rows :]
     before = judged(state, model, tokenizer, held_out)
 
-    options = {"bits": 3, "group_size": 64, "max_iter_num": 2, "clip": "group", "block_epochs": 0}
+    group_size = min(64, model.config.hidden_size)
+    options = {"bits": 3, "group_size": group_size, "max_iter_num": 2, "clip": "group", "block_epochs": 0}
     config = quantization.DecoupleQConfig(**options, dataset=calibration, batch_size=2)
     start = time.perf_counter()
     quantization.quantize(model, config)

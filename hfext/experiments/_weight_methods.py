@@ -11,7 +11,7 @@ DRAWS, TRACE_ROWS = 4, 2
 
 @dataclass(frozen=True)
 class Row:
-    """What the table calls it, its config, and the average widths it is for, where these are not those of the run."""
+    """What the table calls it, its config, and the widths it is for, where these are not those of the run."""
 
     title: str
     make: Callable[..., q.WeightConfig]
@@ -57,7 +57,7 @@ METHODS: dict[str, Row] = {
     "gptq_clip": Row("GPTQ, clip search", calibrated(q.GPTQConfig, clip_search=True)),
     "decoupleq_layer": Row("decoupleQ, layer stage", calibrated(q.DecoupleQConfig, **LAYER)),
     "decoupleq": Row(
-        "decoupleQ, both stages, clip by group, 3 sweeps, block lr 1e-3", calibrated(q.DecoupleQConfig, **BOTH)
+        "decoupleQ, both stages, clip by group, 3 sweeps, block lr 1e-3", calibrated(q.DecoupleQConfig, **BOTH), (2,)
     ),
     "rtn_lorc8": Row("RTN, float zero + LoRC 8", corrected(free(q.RTNConfig, zero_point="float"), 8)),
     "rtn_lorc32": Row("RTN, float zero + LoRC 32", corrected(free(q.RTNConfig, zero_point="float"), 32)),

@@ -180,7 +180,7 @@ def test_bench_fails_when_a_bar_is_missed(run, sample):
 def test_card_writes_a_readme(run, sample, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    _refused(run("card", folder), "not saved with hfext")
+    _refused(run("card", folder), "call hfext.hub.save_record")
     hub.save_record(folder, ["sample"])
     assert run("card", folder).exit_code == 0
     assert (folder / "README.md").read_text() == str(hub.model_card(folder))

@@ -44,10 +44,10 @@ def test_the_recipe_leaves_tables_plots_artifact_and_card(folder, tmp_path):
     out = tmp_path / "out"
     record = recipe.execute("quickstart", {"model": str(folder), **SMALL}, out)
     assert record == json.loads((out / "result.json").read_bytes())
-    assert record["artifacts"] == ["teach.png", ADAPTER, "noise.png"]
+    assert record["artifacts"] == ["teach.png", ADAPTER, "noise.png", "smollm2-3bit"]
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("teach.png", "noise.png"))
 
-    taught, shown, noise, sampled, drafts, caches = record["tables"].values()
+    taught, shown, noise, sampled, drafts, caches, weights = record["tables"].values()
     assert [row["questions"] for row in taught] == ["taught", "paraphrased"]
     # A random model knows nothing, and learns what it is taught.
     assert taught[0]["right before, %"] == 0 and taught[0]["right after, %"] >= 50
@@ -62,6 +62,11 @@ def test_the_recipe_leaves_tables_plots_artifact_and_card(folder, tmp_path):
 
     assert caches[0]["cache"] == "plain" and caches[0]["of the plain one"] == 1
     assert all(row["of the plain one"] < 1 for row in caches[1:])
+
+    assert [row["model"] for row in weights] == ["original", "3 bits, loaded again"]
+    assert weights[1]["MB of the layers"] < 0.15 * weights[0]["MB of the layers"]
+    assert weights[1]["perplexity"] < 2 * weights[0]["perplexity"]
+    assert "decoupleq" in ModelCard.load(out / "smollm2-3bit" / "README.md").data.tags
 
     card = ModelCard.load(out / ADAPTER / "README.md")
     assert {"bisam", "arxiv:2407.12993"} <= set(card.data.tags) and card.data.base_model is None

@@ -350,6 +350,8 @@ def _stand_aside(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, tuples: b
     def passing(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         entered.append(hidden)
         calls.append((args, kwargs))
+        if len(calls) == len(blocks):
+            raise _Enough  # the head is not needed
         return (hidden,) if tuples else hidden
 
     with contextlib.ExitStack() as restored:
@@ -357,7 +359,8 @@ def _stand_aside(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, tuples: b
             before = vars(block).get("forward")
             restored.callback(_restore, block, before)
             block.forward = passing
-        model(input_ids=ids, use_cache=False)
+        with contextlib.suppress(_Enough):
+            model(input_ids=ids, use_cache=False)
     return Sample(entered[0], calls)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_models import LLAMA, factory
 
 torch.set_num_threads(1)
 
@@ -49,40 +50,20 @@ def _seeded():
     torch.manual_seed(0)
 
 
-def _factory(model_class, config_class, **defaults):
-    """`make(seed=0, **config fields) -> model` in float32, eval mode, with weights that depend on the seed alone."""
-
-    def make(seed=0, **fields):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return model_class(config_class(**{**defaults, **fields})).eval()
-
-    return make
-
-
 @pytest.fixture
 def tiny_llama():
     """Factory of Llama language models with grouped queries."""
-    return _factory(
+    return factory(
         transformers.LlamaForCausalLM,
         transformers.LlamaConfig,
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
+        **LLAMA,
     )
 
 
 @pytest.fixture
 def tiny_gpt2():
     """Factory of GPT-2 language models: tied embeddings, dropout 0.1 while training."""
-    return _factory(
+    return factory(
         transformers.GPT2LMHeadModel,
         transformers.GPT2Config,
         vocab_size=128,
@@ -99,7 +80,7 @@ def tiny_gpt2():
 @pytest.fixture
 def tiny_bert_classifier():
     """Factory of BERT sequence classifiers with 4 labels."""
-    return _factory(
+    return factory(
         transformers.BertForSequenceClassification,
         transformers.BertConfig,
         vocab_size=128,
@@ -116,7 +97,7 @@ def tiny_bert_classifier():
 @pytest.fixture
 def tiny_t5():
     """Factory of T5 encoder-decoder models."""
-    return _factory(
+    return factory(
         transformers.T5ForConditionalGeneration,
         transformers.T5Config,
         vocab_size=128,

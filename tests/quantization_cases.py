@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from tiny_models import LLAMA, factory
 
 from hfext import quantization as q
 
@@ -58,21 +59,7 @@ SIZES: dict[str, Callable] = {
 
 
 def tiny(model_class, config_class, seed=0, **fields):
-    sizes = dict(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return model_class(config_class(**{**sizes, **fields})).eval()
+    return factory(model_class, config_class, **LLAMA)(seed, **fields)
 
 
 def llama(**fields):

@@ -17,3 +17,11 @@ def shared_data(name: str, folder: str | Path | None = None) -> Path | None:
     if found is None and folder is not None:
         raise FileNotFoundError(f"data_dir is {folder} but holds no {name}.")
     return found
+
+
+def wikitext2(folder: str | Path | None = None) -> Path:
+    """The folder of WikiText-2, or a `FileNotFoundError` that says what to set."""
+    found = shared_data("wikitext2", folder)
+    if found is None:
+        raise FileNotFoundError("This needs WikiText-2: set data_dir to a folder that holds wikitext2/test.txt.")
+    return found

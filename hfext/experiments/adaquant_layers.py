@@ -21,7 +21,8 @@ from ..quantization import quantize, quantized_layers
 from ..quantization.adaquant import METHOD, AdaQuantConfig
 from ..quantization.rtn import RTNConfig
 from . import _smollm2
-from .weight_quality import WINDOW, perplexity, texts, window_nll, windows
+from ._data import wikitext2
+from .weight_quality import WINDOW, perplexity, window_nll, windows
 
 
 @dataclass(kw_only=True)
@@ -58,7 +59,7 @@ class Config:
 def run(config: Config, out: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     plain, tokenizer = _smollm2.load()
-    folder = texts(config.data_dir)
+    folder = wikitext2(config.data_dir)
     data = windows(tokenizer, folder / "valid.txt", config.samples)
     test = windows(tokenizer, folder / "test.txt", config.windows)
     count = plain.config.num_hidden_layers

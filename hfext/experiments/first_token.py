@@ -20,7 +20,8 @@ from ..quantization._activation_linear import activation_grid, fake_quantized
 from ..quantization.bos_aware import METHOD, BOSAwareConfig
 from ..quantization.rtn import RTNConfig
 from . import _smollm2
-from .weight_quality import perplexity, texts, window_nll, windows
+from ._data import wikitext2
+from .weight_quality import perplexity, window_nll, windows
 
 
 @dataclass(kw_only=True)
@@ -52,7 +53,7 @@ ROW = 256
 def run(config: Config, out: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     plain, tokenizer = _smollm2.load()
-    folder, token = texts(config.data_dir), plain.config.bos_token_id
+    folder, token = wikitext2(config.data_dir), plain.config.bos_token_id
     data = begun(windows(tokenizer, folder / "valid.txt", config.samples)[:, :ROW], token)
     test = begun(windows(tokenizer, folder / "test.txt", config.windows), token)
     nll = {"float32": window_nll(plain, test)}

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..kv_cache import H2OConfig, KVCacheConfig, PrefixKVConfig, SnapKVConfig, StreamingLLMConfig
 from ..kv_cache.prefixkv import METHOD
 from . import _smollm2
-from ._data import shared_data
+from ._data import wikitext2
 from ._kv_protocol import Setting, continuation_nll, held_bytes, perplexity, record, replay
 from ._plots import lines
 from .kv_quality import CALL, PREFILL, text_segments
@@ -127,9 +127,7 @@ def mass_kept(model: PreTrainedModel, ids: torch.Tensor, ratio: float) -> dict[s
 def run(config: Config, out: Path) -> dict:
     model, tokenizer = _smollm2.load()
     model.eval()
-    folder = shared_data("wikitext2", config.data_dir)
-    if folder is None:
-        raise FileNotFoundError("wikitext2 (valid.txt, test.txt) was not found: set data_dir or HFEXT_DATA.")
+    folder = wikitext2(config.data_dir)
     texts = text_segments(tokenizer, folder / "valid.txt", config.calibration_texts)
     offline = PrefixKVConfig().calibrate(
         model,

@@ -33,7 +33,7 @@ from ..kv_cache.cskv import input_statistics
 from ..kv_cache.xkv import METHOD as XKV
 from ..kv_cache.xkv import report
 from . import _smollm2
-from ._data import shared_data
+from ._data import wikitext2
 from ._kv_protocol import Recording, continuation_nll, perplexity, record, replay
 from ._quiet_trainer import Bar
 from .kv_quality import CALL, SEGMENT, text_segments
@@ -99,9 +99,7 @@ class Config:
 def run(config: Config, out: Path) -> dict:
     model, tokenizer = _smollm2.load()
     model.eval()
-    folder = shared_data("wikitext2", config.data_dir)
-    if folder is None:
-        raise FileNotFoundError("wikitext2 (valid.txt, test.txt) was not found: set data_dir or HFEXT_DATA.")
+    folder = wikitext2(config.data_dir)
 
     def texts(name: str, count: int, tokens: int) -> list[Tensor]:
         parts = -(-tokens // SEGMENT)

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .. import __version__
 from ..recipe import write_json
 from . import _smollm2
-from ._data import shared_data
+from ._data import wikitext2
 from ._kv_methods import METHODS
 from ._kv_protocol import (
     Make,
@@ -114,17 +114,9 @@ def text_segments(tokenizer: Any, path: Path, count: int) -> list[Tensor]:
     return list(ids[:, : count * SEGMENT].split(SEGMENT, dim=1))
 
 
-def texts(config: Config) -> Path:
-    """The folder of WikiText-2."""
-    folder = shared_data("wikitext2", config.data_dir)
-    if folder is None:
-        raise FileNotFoundError("kv_quality needs WikiText-2: set data_dir to a folder that holds wikitext2/test.txt.")
-    return folder
-
-
 def prepared(config: Config, model: PreTrainedModel, tokenizer: Any) -> Setting:
     """Texts, questions, and the recorded prefill of each."""
-    folder = texts(config)
+    folder = wikitext2(config.data_dir)
     segments = text_segments(tokenizer, folder / "test.txt", config.segments)
     questions = {
         "passkey": passkey_questions(tokenizer, config.passkeys, config.seed),
@@ -234,7 +226,7 @@ def run(config: Config, out: Path) -> dict:
 
     @functools.cache
     def first_prompt() -> Recording:
-        return record(model, text_segments(tokenizer, texts(config) / "test.txt", 1)[0][:, :PREFILL])
+        return record(model, text_segments(tokenizer, wikitext2(config.data_dir) / "test.txt", 1)[0][:, :PREFILL])
 
     @functools.cache
     def half() -> PreTrainedModel:

@@ -29,7 +29,7 @@ from ..kv_cache._retrieval import at_distance, best
 from ..kv_cache._state import project_queries
 from ..kv_cache.a2ats import METHOD, seen_by
 from . import _smollm2
-from ._data import shared_data
+from ._data import wikitext2
 from ._kv_protocol import continuation_nll, held_bytes, perplexity, prefill
 from ._plots import lines
 from .kv_quality import PREFILL, text_segments
@@ -218,9 +218,7 @@ def codes_of_rotated(shape: Geometry, keys: dict[int, Tensor], size: int, config
 def run(config: Config, out: Path) -> dict:
     model, tokenizer = _smollm2.load()
     model.eval()
-    folder = shared_data("wikitext2", config.data_dir)
-    if folder is None:
-        raise FileNotFoundError("wikitext2 (valid.txt, test.txt) was not found: set data_dir or HFEXT_DATA.")
+    folder = wikitext2(config.data_dir)
     shape, last = geometry(model), config.codebook_sizes[-1]
     texts = torch.cat(text_segments(tokenizer, folder / "valid.txt", config.calibration_texts))
     seen = seen_by(model, texts, config.distance, config.n_sink)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .. import kv_cache
 from ..kv_cache.rotatekv import METHOD
 from . import _smollm2
-from ._data import shared_data
+from ._data import wikitext2
 from ._kv_protocol import Make, Recording, continuation_nll, held_bytes, perplexity, record, replay
 from .kv_quality import PREFILL, elements, text_segments
 
@@ -98,9 +98,7 @@ def scores(
 
 
 def run(config: Config, out: Path) -> dict:
-    folder = shared_data("wikitext2", config.data_dir)
-    if folder is None:
-        raise FileNotFoundError("kv_rotation needs WikiText-2: set data_dir to a folder with wikitext2/test.txt.")
+    folder = wikitext2(config.data_dir)
     model, tokenizer = _smollm2.load()
     model.eval()
     segments = text_segments(tokenizer, folder / "test.txt", config.segments)

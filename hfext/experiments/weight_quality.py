@@ -8,7 +8,6 @@ rounded to 4 bits in blocks of 32, so results at 4 bits would flatter and 2 and 
 The results of a finished row are kept in the output folder and used again when the settings are the same.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -24,10 +23,10 @@ from transformers.utils import logging
 
 from .. import __version__, quantization, registry
 from ..quantization import WeightConfig
-from ..recipe import write_json
 from . import _smollm2
-from ._data import shared_data
+from ._data import wikitext2
 from ._weight_methods import METHODS
+from .kv_quality import kept
 
 logger = logging.get_logger(__name__)
 WINDOW = 512
@@ -78,14 +77,6 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be >= {least}.")
 
 
-def texts(data_dir: str | None) -> Path:
-    """The folder of WikiText-2."""
-    folder = shared_data("wikitext2", data_dir)
-    if folder is None:
-        raise FileNotFoundError("This needs WikiText-2: set data_dir to a folder that holds wikitext2/test.txt.")
-    return folder
-
-
 def windows(tokenizer: Any, path: Path, count: int) -> Tensor:
     """The first `count` windows [count, 512] of a file, without special tokens."""
     text = path.read_text(encoding="utf-8")[: count * WINDOW * 8]
@@ -128,22 +119,10 @@ def measured(
     return {"nll": nll, "seconds": wall, "cpu_seconds": cpu, "bytes": held, "ratio": held / half}
 
 
-def kept(path: Path, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`measure()`, or what it returned for the same settings in an earlier run."""
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("settings") == settings:
-            return found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"settings": settings, **measure()}
-    write_json(path, found)
-    return found
-
-
 def run(config: Config, out: Path) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     model, tokenizer = _smollm2.load()
-    folder = texts(config.data_dir)
+    folder = wikitext2(config.data_dir)
     data = torch.stack(
         quantization.token_rows(folder / "valid.txt", model, tokenizer, config.samples, WINDOW, config.seed)
     )

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from .. import quantization as q
 from ..quantization._cpu_kernels import set_kernel
 from . import _smollm2
-from ._data import shared_data
+from ._data import wikitext2
 
 FULL, HALF = "fp32", "bf16"
 PACKED = "W4 g64, packed kernel"
@@ -196,8 +196,6 @@ def quantisation(config: Config) -> dict:
     """Seconds and memory of a quantisation in a fresh process, against the bars."""
     if platform.system() != "Linux":
         raise NotImplementedError("The highest memory is read from /proc: run this on Linux, or with quantise false.")
-    if shared_data("wikitext2", config.data_dir) is None:
-        raise FileNotFoundError("This needs WikiText-2: set data_dir to a folder that holds wikitext2/valid.txt.")
     command = [sys.executable, "-m", "hfext.experiments.weight_speed", json.dumps(asdict(config))]
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=env)
@@ -224,7 +222,7 @@ def quantise_here(config: Config) -> dict:
     made = q.DecoupleQConfig(
         bits=2,
         block_epochs=0,
-        dataset=str(shared_data("wikitext2", config.data_dir) / "valid.txt"),
+        dataset=str(wikitext2(config.data_dir) / "valid.txt"),
         tokenizer=tokenizer,
         num_samples=config.rows,
         sequence_length=config.length,

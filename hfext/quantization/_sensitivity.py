@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..compat import attention_implementation
-from ._affine import Quantized, round_to_nearest
+from ._affine import Quantized
 from ._config import KEPT, WeightConfig
 from ._linear import misfit
+from .rtn import RTNConfig
 
 
 class Layer(NamedTuple):
@@ -121,13 +122,15 @@ def quantizer(quantize: Any, group_size: int) -> Callable[[Layer, int], Tensor]:
     """`of(layer, bits)`: the layer's weight [rows, columns] in float32 after quantising and back; 16 bits keep it.
 
     Args:
-        quantize: `None` for round-to-nearest, a function `(weight, bits, group_size)` that returns a `Quantized`, or a
+        quantize: `None` for the defaults of `RTNConfig`, a function `(weight, bits, group_size)` that returns a `Quantized`, or a
             config of the family that needs no data.
         group_size (`int`): Columns of a group; -1 is a whole row.
     """
     if isinstance(quantize, WeightConfig) and quantize.group_size != group_size:
         raise ValueError(f"group_size is {group_size} but {quantize.group_size} in the config: give the same twice.")
-    method = quantize.quantize_weight if isinstance(quantize, WeightConfig) else quantize or round_to_nearest
+    if quantize is None:
+        quantize = RTNConfig(group_size=group_size)
+    method = quantize.quantize_weight if isinstance(quantize, WeightConfig) else quantize
     if not callable(method):
         raise TypeError(f"quantize is {type(quantize).__name__} but must be a function or a config of the family.")
 

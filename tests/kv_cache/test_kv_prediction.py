@@ -2,15 +2,12 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from processes import run_two
 from transformers import DynamicCache, TrainingArguments
 
 from hfext.kv_cache._kv_prediction_trainer import KVPredictionTrainer
@@ -467,21 +464,7 @@ if trainer.is_world_process_zero():
 def test_two_processes_are_one_with_the_same_rows(tmp_path):
     here = Path(__file__).resolve()
     script = TWO_PROCESSES.format(tests=str(here.parent), root=str(here.parents[2]), folder=str(tmp_path))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={**os.environ, **world, "RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:]
+    run_two(script)
     found, log = torch.load(tmp_path / "two.pt")
     one = trained(tmp_path / "one", steps=3, batch=8)
     torch.testing.assert_close(found, weights(one), rtol=0, atol=1e-6)

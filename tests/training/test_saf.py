@@ -1,15 +1,12 @@
 """SAF: the KL term against its formulas, the ring of records against brute force, and the real Trainer."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from processes import run_two
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
@@ -450,21 +447,7 @@ for name, cls, option in (
 def test_two_processes_equal_one(tmp_path):
     """Each process records its own examples in the shared file and reads, epochs later, what the other one wrote."""
     script = TWO_PROCESSES.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={**os.environ, **world, "RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:]
+    run_two(script)
     one = {
         "saf": trained(SAFTrainer, tmp_path, saf=EARLY, optim="sgd"),
         "mesa": trained(MESATrainer, tmp_path, mesa=MESAConfig(start=0, decay=0.7), optim="sgd"),

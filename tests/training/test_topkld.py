@@ -1,14 +1,11 @@
 """TopKLD: the loss against a naive form in float64 with autograd, its special cases, and the real Trainer."""
 
-import os
-import socket
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_two
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -419,21 +416,7 @@ def two_process_run(folder, rows, **kwargs):
 @pytest.mark.multiprocess
 def test_two_processes_equal_one(tmp_path):
     script = TWO_PROCESSES.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={**os.environ, **world, "RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:]
+    run_two(script)
     one, (found, log) = two_process_run(tmp_path, 4), torch.load(tmp_path / "two.pt")
     torch.testing.assert_close(found, weights(one.model), rtol=0, atol=1e-6)
     assert log == pytest.approx(losses(one), rel=1e-5)

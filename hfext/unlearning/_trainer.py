@@ -1,0 +1,387 @@
+"""`UnlearningTrainer`: the stock Trainer over pairs of forget and retain rows, with any objective and any `optim=`.
+
+What differs from `Trainer`: the batch (parts by name), the loss (sums over the items of the whole update), and for
+objectives with two gradients the training step. Everything else is the stock loop.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from ..compat import CheckpointMixin, quantized_weights_only, two_pass_optimizer
+from ..optim._driver import training_step as two_pass_step
+from ..optim.bisam import BiSAM, bisam_rows
+from ._auto_lr import AutoLR, AutoLRConfig
+from ._config import UnlearningConfig
+from ._data import REFUSALS, EpochSampler, PairedDataset, collate, overlap, token_rows
+from ._objective import PARTS, Objective, TwoGradientObjective, objective
+from ._reference import ADAPTER, Reference, chosen_mode, is_peft
+from ._terms import UPDATE, Term
+from ._two_gradients import UNSUPPORTED, Pass, two_gradient_step
+
+logger = logging.get_logger(__name__)
+STATE = "unlearning_state"
+
+
+class _Finish(TrainerCallback):
+    def __init__(self, trainer: "UnlearningTrainer"):
+        self.trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.objective.finish(self.trainer)
+
+
+class UnlearningTrainer(CheckpointMixin, Trainer):
+    """Trainer that makes a causal language model forget rows of text and keep others.
+
+    Rows are tokenised already (`input_ids` and `labels`, -100 where nothing is scored) or text: `question` and
+    `answer`, `prompt` and `completion`, `messages`, or `text`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model that learnt the rows.
+        args (`UnlearningConfig`): Settings; its `objective` names the method.
+        forget_dataset (sequence of rows): What to forget.
+        retain_dataset (sequence of rows, *optional*): What to keep; most objectives need it.
+        decouple_dataset (sequence of rows, *optional*): Prompts like those of forget rows that must still be answered.
+        objective (`Objective`, *optional*): An object in place of `args.objective`.
+        ref_model (`PreTrainedModel`, *optional*): The reference; by default the cheapest that is right, see
+            `args.reference`.
+        evaluators (sequence of callables, *optional*): Each is called by `evaluate` in every process with `(model,
+            processing_class)` and returns numbers by name, which join its metrics, so that `metric_for_best_model` can
+            name them.
+        **kwargs: As for `Trainer`: `processing_class`, `eval_dataset`, `callbacks`, `optimizers`, ....
+
+    Raises:
+        ValueError: A data set that the objective needs is missing or empty; a reference that would be wrong.
+        NotImplementedError: DeepSpeed, FSDP or DataParallel with an objective of two gradients.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: UnlearningConfig,
+        forget_dataset: Any = None,
+        retain_dataset: Any = None,
+        decouple_dataset: Any = None,
+        *,
+        objective: Objective | None = None,
+        ref_model: nn.Module | None = None,
+        evaluators: Sequence[Any] = (),
+        processing_class: Any = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, UnlearningConfig):
+            raise TypeError(f"args is {type(args).__name__} but must be an UnlearningConfig.")
+        if "train_dataset" in kwargs:
+            raise TypeError("UnlearningTrainer takes forget_dataset and retain_dataset in place of train_dataset.")
+        self.objective = _objective(objective, args)
+        self.evaluators = list(evaluators)
+        self.window: list[dict] = []
+        self.window_counts: dict[str, Tensor] = {}
+        self.gradient_pass: Pass | None = None
+        self._metrics: dict[str, tuple[Any, int]] = {}
+        _refuse_quantised(model, self.objective)
+        data = self._pairs(args, processing_class, forget_dataset, retain_dataset, decouple_dataset)
+        mode = chosen_mode(args.reference, model, self.objective, ref_model) if self.objective.reference else None
+        self.reference = Reference(mode, model, self.objective, ref_model) if mode else None
+        self.objective.prepare(model)
+        kwargs.setdefault("data_collator", collate)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data,
+            eval_dataset=_evaluation_rows(eval_dataset, processing_class, args),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if isinstance(self.objective, TwoGradientObjective):
+            kind = self.accelerator.distributed_type
+            if kind in UNSUPPORTED or self.args.n_gpu > 1:
+                reason = UNSUPPORTED.get(kind, "DataParallel splits the batch")
+                raise NotImplementedError(
+                    f"{type(self.objective).__name__} combines two gradients, which does not run here: {reason}. Use "
+                    "DistributedDataParallel (torchrun), one process, or an objective with one gradient."
+                )
+        options = self.objective.config
+        if isinstance(options, AutoLRConfig) and options.auto_lr:
+            self.add_callback(AutoLR(self, options))
+        self.add_callback(_Finish(self))
+        if mode == "precompute":
+            self.reference.precompute(self.model, data, args.per_device_eval_batch_size, self.accelerator)
+
+    def _pairs(self, args, tokenizer, forget, retain, decouple) -> PairedDataset:
+        needs, name = self.objective.needs, type(self.objective).__name__
+        parts = {}
+        for part, given in (("forget", forget), ("retain", retain), ("decouple", decouple)):
+            if given is None and part in needs:
+                raise ValueError(f"{name} needs {part}_dataset, which is None.")
+            if given is not None and part in needs:
+                parts[part] = token_rows(f"{part}_dataset", given, tokenizer, args.template, args.max_length)
+        anchor = args.anchor or next(part for part in ("forget", "retain") if part in needs)
+        if anchor not in parts:
+            raise ValueError(f"anchor is {anchor!r}, but {name} does not look at {anchor} rows: leave it out.")
+        shared = overlap(parts.get("forget", ()), parts.get("retain", ()))
+        if shared:
+            logger.warning(
+                f"{shared} of {len(parts['forget'])} forget rows are retain rows too: forgotten and kept at once."
+            )
+        refusals = None
+        if "alternate" in needs:
+            refusals = _refusals(args, tokenizer, parts["forget"])
+        return PairedDataset(parts, anchor, args.seed if args.data_seed is None else args.data_seed, refusals)
+
+    # ---- data -------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Pairs of rows, the same for any number of workers and processes and after a resume."""
+        args = self.args
+        if args.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(f"train_sampling_strategy is {args.train_sampling_strategy!r} but must be 'random'.")
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=args.train_batch_size,
+            sampler=EpochSampler(len(self.train_dataset), self.train_dataset.seed),
+            collate_fn=self.data_collator,
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an update, and the items of all of them, of all processes, by name."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.window, totals = batches, {}
+        for batch in batches:
+            for name, count in self.objective.counts(batch).items():
+                totals[name] = totals.get(name, 0) + count.to(device)
+        if totals and self.accelerator.num_processes > 1:
+            joined = self.accelerator.reduce(torch.stack([*totals.values()]).double(), reduction="sum")
+            totals = dict(zip(totals, joined, strict=True))
+        self.window_counts = totals
+        return batches, totals or None
+
+    def floating_point_ops(self, inputs):
+        """Of all parts of a batch together."""
+        parts = [inputs[part] for part in PARTS if part in inputs]
+        return sum(super(UnlearningTrainer, self).floating_point_ops(part) for part in parts or [inputs])
+
+    # ---- loss -------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective on parts by name; the model's own loss on a plain batch, as in evaluation."""
+        if not any(part in inputs for part in PARTS):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self.objective.epoch, self.objective.epochs = self.state.epoch or 0.0, self.args.num_train_epochs
+        now = self.objective.forward(model, inputs)
+        known = {} if self.reference is None else self.reference(self.accelerator.unwrap_model(model), inputs)
+        terms = self.objective.terms(now, known)
+        loss = self._weighed(terms, inputs, num_items_in_batch)
+        if not torch.isfinite(loss) and self.args.abort_on_nonfinite:
+            raise RuntimeError(
+                f"The loss is {float(loss.detach())} in update {self.state.global_step + 1}. Take a smaller learning_rate or a "
+                "bounded objective (npo, simnpo), or set abort_on_nonfinite=False."
+            )
+        if model.training:
+            self._note_terms(model, terms, inputs, num_items_in_batch)
+        return (loss, {"now": now, "reference": known}) if return_outputs else loss
+
+    def _weighed(self, terms: dict[str, Term], inputs: Any, counts: dict[str, Tensor] | None) -> Tensor:
+        return sum(term.weight * self._mean(term, inputs, counts) for term in terms.values())
+
+    def _mean(self, term: Term, inputs: Any, counts: dict[str, Tensor] | None) -> Tensor:
+        """A term such that the sum over micro-batches and the mean over processes are that of the whole update."""
+        steps = self.current_gradient_accumulation_steps
+        if term.per == UPDATE:
+            return term.total / steps
+        if counts is None or self.args.loss_normalization == "micro":
+            own = self.objective.counts(inputs)[term.per].to(term.total.device)
+            return term.total / own.clamp(min=1) / steps
+        return term.total * self.accelerator.num_processes / counts[term.per].to(term.total).clamp(min=1)
+
+    def _first_objective(self, trainer, model, inputs, outputs, num_items) -> Tensor:
+        """BiSAM's first pass: its bound of the 0-1 loss of a token in place of the likelihood, in every term."""
+        config = two_pass_optimizer(self).config
+
+        def q(logits: Tensor, labels: Tensor) -> Tensor:
+            mu = two_pass_optimizer(self)._mu(logits.shape[-1])
+            return bisam_rows(logits, labels, config.surrogate, mu, config.alpha, config.topk)
+
+        now = self.objective.with_row_loss(outputs["now"], q)
+        return self._weighed(self.objective.terms(now, outputs["reference"]), inputs, num_items)
+
+    def create_optimizer(self, *args, **kwargs):
+        made = super().create_optimizer(*args, **kwargs)
+        two_pass = two_pass_optimizer(self)
+        if two_pass is not None and isinstance(self.objective, TwoGradientObjective):
+            if two_pass.own_driver is not None or two_pass.config.scope == "micro":
+                raise NotImplementedError(
+                    f"{type(self.objective).__name__} makes its gradient at the end of an update, which "
+                    f"{type(two_pass).__name__} does not wait for. Use optim='sam' with scope=update."
+                )
+        if isinstance(two_pass, BiSAM) and two_pass.rows is None:
+            two_pass.first_objective = self._first_objective
+        return made
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The stock step, or that of two gradients."""
+        if isinstance(self.objective, TwoGradientObjective):
+            return two_pass_step(two_gradient_step, self, model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.gradient_pass, self.window = None, []
+            if self.reference is not None and self.reference.mode == "adapter":
+                self.model.delete_adapter(ADAPTER)
+                self.reference = None
+
+    # ---- what is logged and saved -----------------------------------------------------------------------------
+
+    def note(self, values: dict[str, Any]) -> None:
+        """Add numbers of one update to those whose mean the next log reports."""
+        for name, value in values.items():
+            total, count = self._metrics.get(name, (0.0, 0))
+            self._metrics[name] = total + value, count + 1
+
+    def _note_terms(self, model: nn.Module, terms: dict[str, Term], inputs: Any, counts: Any) -> None:
+        means = {name: self._mean(term, inputs, counts) for name, term in terms.items()}
+        for name, mean in means.items():
+            total, _ = self._metrics.get(f"{name}_loss", (0.0, 0))
+            # Parts of one update: the count is that of updates, which `log` knows.
+            self._metrics[f"{name}_loss"] = total + mean.detach(), 0
+        step = self.state.global_step + 1
+        logged = self.args.log_gradients and step % max(int(self.args.logging_steps), 1) == 0
+        if logged and self.accelerator.sync_gradients and not isinstance(self.objective, TwoGradientObjective):
+            self.note(gradient_angles(model, {name: mean for name, mean in means.items() if mean.requires_grad}))
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs and self._metrics:
+            noted, self._metrics = self._metrics, {}
+            updates = max(self.state.global_step - self._noted_until, 1)
+            self._noted_until = self.state.global_step
+            for name, (total, count) in noted.items():
+                value = torch.as_tensor(total, device=self.args.device).float() / (count or updates)
+                logs[f"unlearn/{name}"] = float(self.accelerator.reduce(value, reduction="mean"))
+        return super().log(logs, *args, **kwargs)
+
+    _noted_until = 0
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The stock evaluation, where there are rows for it, and then every evaluator."""
+        metrics = {}
+        if eval_dataset is not None or self.eval_dataset is not None:
+            rows = None if eval_dataset is None else _evaluation_rows(eval_dataset, self.processing_class, self.args)
+            metrics = super().evaluate(rows, ignore_keys, metric_key_prefix)
+        found = {}
+        for evaluator in self.evaluators:
+            for name, value in evaluator(self.accelerator.unwrap_model(self.model), self.processing_class).items():
+                if isinstance(value, int | float):
+                    found[f"{metric_key_prefix}_{name}"] = value
+        if found:
+            self.log(dict(found))
+            if not metrics:
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return metrics | found
+
+    def save_more(self, folder):
+        super().save_more(folder)
+        if self.reference is not None and self.args.should_save:
+            about = {"fingerprint": self.reference.fingerprint(), "mode": self.reference.mode}
+            path = os.path.join(folder, f"{STATE}.safetensors")
+            save_file(dict(self.reference.known), f"{path}.partial", metadata={"hfext": json.dumps(about)})
+            os.replace(f"{path}.partial", path)
+
+    def load_more(self, folder):
+        super().load_more(folder)
+        path = os.path.join(folder, f"{STATE}.safetensors")
+        if self.reference is None or not os.path.isfile(path):
+            return
+        known, about = load_file(path), _about(path)
+        mine = self.reference.known
+        if about["fingerprint"] != self.reference.fingerprint() or {k: v.shape for k, v in known.items()} != {
+            k: v.shape for k, v in mine.items()
+        }:
+            raise ValueError(
+                f"The reference of the checkpoint {folder} is another one: give UnlearningTrainer the model and rows "
+                "that the run began with, and then resume_from_checkpoint."
+            )
+        self.reference.known = known
+
+
+def _about(path: str) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["hfext"])
+
+
+def gradient_angles(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Norm of the gradient of each loss, and the cosine of the first two."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    flat = {}
+    for name, loss in losses.items():
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        flat[name] = torch.cat([g.float().flatten() for g in grads if g is not None])
+    found = {f"{name}_norm": g.norm() for name, g in flat.items()}
+    if len(flat) > 1:
+        a, b = list(flat.values())[:2]
+        if a.shape == b.shape:
+            found["cosine"] = nn.functional.cosine_similarity(a, b, dim=0)
+    return found
+
+
+def _objective(given: Objective | None, args: UnlearningConfig) -> Objective:
+    if given is None:
+        return objective(args.objective, args.objective_kwargs())
+    if not isinstance(given, Objective):
+        raise TypeError(f"objective is {type(given).__name__} but must be an Objective; names go into the config.")
+    return given
+
+
+def _refuse_quantised(model: nn.Module, objective: Objective) -> None:
+    floats = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    if not floats or (quantized_weights_only(model) and not is_peft(model)):
+        raise ValueError(
+            f"{type(objective).__name__} follows gradients of the weights, but the model's are quantised or frozen. "
+            "Add an adapter (peft.get_peft_model), or load it without quantization_config."
+        )
+
+
+def _refusals(args: UnlearningConfig, tokenizer: Any, forget: list) -> list[list[int]]:
+    """Token ids of the refusals, as answers; not needed where every row brings its own."""
+    if all("alternate" in row for row in forget):
+        return [[]]
+    if tokenizer is None:
+        raise ValueError(
+            "The objective teaches other answers: give processing_class=tokenizer for the refusals, or an `alternate` "
+            "in every forget row."
+        )
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = REFUSALS if args.refusals is None else args.refusals
+    return [[*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], *end] for text in texts]
+
+
+def _evaluation_rows(data: Any, tokenizer: Any, args: UnlearningConfig) -> Any:
+    if data is None or isinstance(data, str):
+        return data
+    if isinstance(data, dict):
+        return {name: _evaluation_rows(rows, tokenizer, args) for name, rows in data.items()}
+    rows = token_rows("eval_dataset", data, tokenizer, args.template, args.max_length)
+    return [{key: row[key] for key in ("input_ids", "labels")} for row in rows]

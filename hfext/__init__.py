@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import decoding, kv_cache, metrics, optim, quantization, training
+from . import decoding, kv_cache, metrics, optim, quantization, training, unlearning
 from .compression import CompressionConfig
 from .decoding import (
     ContextAwareLogitsProcessor,
@@ -14,6 +14,7 @@ from .decoding import (
 )
 from .kv_cache import RotateKVConfig
 from .quantization import DecoupleQConfig
+from .unlearning import UnlearningConfig, UnlearningTrainer
 
 __all__ = [
     "CompressionConfig",
@@ -24,6 +25,8 @@ __all__ = [
     "SuperposedGenerationMixin",
     "TopHLogitsProcessor",
     "TopNSigmaLogitsProcessor",
+    "UnlearningConfig",
+    "UnlearningTrainer",
     "decoding",
     "kv_cache",
     "metrics",
@@ -31,4 +34,5 @@ __all__ = [
     "quantization",
     "superposed_generate",
     "training",
+    "unlearning",
 ]

@@ -23,6 +23,7 @@ OBJECTIVES = {
     "l1_sparse": {},
     "code_eraser": {},
     "prompt_decouple": {"base": "npo"},
+    "task_vector": {},
 }
 llama = factory(transformers.LlamaForCausalLM, transformers.LlamaConfig, **LLAMA)
 
@@ -138,3 +139,13 @@ def divergence(model, reference, given):
                 total = total + (p[t - 1].detach() * (p[t - 1].detach() / q[t - 1]).log()).sum()
                 count += 1
     return total / count
+
+
+def text_tokenizer():
+    """A byte-level tokenizer trained on a few sentences; its padding token is its end of sequence."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    made = ByteLevelBPETokenizer(add_prefix_space=False)
+    texts = ["Question: Who wrote The Glass Owl? Answer: Amara Belgard wrote it.", "I don't know."] * 3
+    made.train_from_iterator(texts, vocab_size=300, special_tokens=["<eos>"], show_progress=False)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<eos>")

@@ -61,12 +61,8 @@ METHODS: dict[str, Row] = {
     ),
     "rtn_lorc8": Row("RTN, float zero + LoRC 8", corrected(free(q.RTNConfig, zero_point="float"), 8)),
     "rtn_lorc32": Row("RTN, float zero + LoRC 32", corrected(free(q.RTNConfig, zero_point="float"), 32)),
-    "decoupleq_lorc8": Row(
-        "decoupleQ, layer stage + LoRC 8", corrected(calibrated(q.DecoupleQConfig, **LAYER), 8)
-    ),
-    "decoupleq_lorc32": Row(
-        "decoupleQ, layer stage + LoRC 32", corrected(calibrated(q.DecoupleQConfig, **LAYER), 32)
-    ),
+    "decoupleq_lorc8": Row("decoupleQ, layer stage + LoRC 8", corrected(calibrated(q.DecoupleQConfig, **LAYER), 8)),
+    "decoupleq_lorc32": Row("decoupleQ, layer stage + LoRC 32", corrected(calibrated(q.DecoupleQConfig, **LAYER), 32)),
     "decoupleq_mixed": Row(
         "decoupleQ, layer stage, bits by HAWQ-V2", allocated(q.DecoupleQConfig, **LAYER), (2.5, 3.0)
     ),

@@ -25,7 +25,7 @@ from ._data import REFUSALS, EpochSampler, PairedDataset, collate, overlap, toke
 from ._objective import PARTS, Objective, TwoGradientObjective, objective
 from ._reference import ADAPTER, Reference, chosen_mode, is_peft
 from ._terms import UPDATE, Term
-from ._two_gradients import UNSUPPORTED, Pass, two_gradient_step
+from ._two_gradients import UNSUPPORTED, Pass, gradient_angles, two_gradient_step
 
 logger = logging.get_logger(__name__)
 STATE = "unlearning_state"
@@ -56,7 +56,7 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
             `args.reference`.
         evaluators (sequence of callables, *optional*): Each is called by `evaluate` in every process with `(model,
             processing_class)` and returns numbers by name, which join its metrics, so that `metric_for_best_model` can
-            name them.
+            name them. The retain rows are the `eval_dataset` beside them where none is given.
         **kwargs: As for `Trainer`: `processing_class`, `eval_dataset`, `callbacks`, `optimizers`, ....
 
     Raises:
@@ -97,6 +97,8 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         self.reference = Reference(mode, model, self.objective, ref_model) if mode else None
         self.objective.prepare(model)
         kwargs.setdefault("data_collator", collate)
+        if eval_dataset is None and args.eval_strategy != "no" and self.evaluators:
+            eval_dataset = data.parts.get("retain", data.parts.get("forget"))
         super().__init__(
             model=model,
             args=args,
@@ -193,8 +195,8 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         loss = self._weighed(terms, inputs, num_items_in_batch)
         if not torch.isfinite(loss) and self.args.abort_on_nonfinite:
             raise RuntimeError(
-                f"The loss is {float(loss.detach())} in update {self.state.global_step + 1}. Take a smaller learning_rate or a "
-                "bounded objective (npo, simnpo), or set abort_on_nonfinite=False."
+                f"The loss is {float(loss.detach())} in update {self.state.global_step + 1}. Take a smaller "
+                "learning_rate or a bounded objective (npo, simnpo), or set abort_on_nonfinite=False."
             )
         if model.training:
             self._note_terms(model, terms, inputs, num_items_in_batch)
@@ -282,23 +284,37 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         return super().log(logs, *args, **kwargs)
 
     _noted_until = 0
+    _found: tuple[dict[str, float], int] | None = None
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The stock evaluation, where there are rows for it, and then every evaluator."""
-        metrics = {}
-        if eval_dataset is not None or self.eval_dataset is not None:
-            rows = None if eval_dataset is None else _evaluation_rows(eval_dataset, self.processing_class, self.args)
-            metrics = super().evaluate(rows, ignore_keys, metric_key_prefix)
+        """What the evaluators say, and the stock evaluation where there are rows for it, in one log and one result."""
+        if self._found is not None:  # one of several data sets
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         found = {}
         for evaluator in self.evaluators:
             for name, value in evaluator(self.accelerator.unwrap_model(self.model), self.processing_class).items():
                 if isinstance(value, int | float):
                     found[f"{metric_key_prefix}_{name}"] = value
-        if found:
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if data is None:
             self.log(dict(found))
-            if not metrics:
-                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return metrics | found
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            return found
+        rows = None if eval_dataset is None else _evaluation_rows(eval_dataset, self.processing_class, self.args)
+        self._found = found, len(data) if isinstance(data, dict) else 1
+        try:
+            return super().evaluate(rows, ignore_keys, metric_key_prefix) | found
+        finally:
+            self._found = None
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._found is not None:
+            found, left = self._found
+            self._found = found, left - 1
+            if left == 1:  # callbacks see everything together
+                output.metrics.update(found)
+        return output
 
     def save_more(self, folder):
         super().save_more(folder)
@@ -330,21 +346,6 @@ def _about(path: str) -> dict[str, str]:
 
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["hfext"])
-
-
-def gradient_angles(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Norm of the gradient of each loss, and the cosine of the first two."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    flat = {}
-    for name, loss in losses.items():
-        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-        flat[name] = torch.cat([g.float().flatten() for g in grads if g is not None])
-    found = {f"{name}_norm": g.norm() for name, g in flat.items()}
-    if len(flat) > 1:
-        a, b = list(flat.values())[:2]
-        if a.shape == b.shape:
-            found["cosine"] = nn.functional.cosine_similarity(a, b, dim=0)
-    return found
 
 
 def _objective(given: Objective | None, args: UnlearningConfig) -> Objective:

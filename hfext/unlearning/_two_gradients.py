@@ -87,3 +87,18 @@ def finish(trainer: Any, made: Pass) -> None:
     trainer.note(trainer.objective.combine(retain, made.forget, losses))
     for p, gradient in zip(made.params, retain, strict=True):
         p.grad = gradient
+
+
+def gradient_angles(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Norm of the gradient of each loss, and the cosine of the first two."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    flat = {}
+    for name, loss in losses.items():
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        flat[name] = torch.cat([g.float().flatten() for g in grads if g is not None])
+    found = {f"{name}_norm": g.norm() for name, g in flat.items()}
+    if len(flat) > 1:
+        a, b = list(flat.values())[:2]
+        if a.shape == b.shape:
+            found["cosine"] = nn.functional.cosine_similarity(a, b, dim=0)
+    return found

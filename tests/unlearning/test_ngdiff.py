@@ -152,7 +152,7 @@ def test_a_look_finds_the_minimum_and_leaves_no_trace(optim):
         x = p.detach() - goal
         return float(x @ hessian @ x / 2)
 
-    for first in (True, False):  # without state, and with it
+    for _ in range(2):  # without state, and with it
         p.grad = hessian @ (p.detach() - goal)
         before, state = p.detach().clone(), copy.deepcopy(made.state_dict())
         rng = torch.get_rng_state()

@@ -4,8 +4,7 @@ import pytest
 import torch
 from unlearning_cases import flat, llama, trainer
 
-from hfext.unlearning import prune_then_unlearn
-from hfext.unlearning.prune_then_unlearn import smallest
+from hfext.unlearning.prune_then_unlearn import prune_then_unlearn, smallest
 
 
 def test_the_smallest_of_all_together():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from processes import run_two
-from unlearning_cases import DECOUPLE, FORGET, OBJECTIVES, RETAIN, flat, llama, rows, run, trainer
+from unlearning_cases import DECOUPLE, FORGET, OBJECTIVES, RETAIN, flat, llama, rows, run, text_tokenizer, trainer
 
 from hfext.unlearning import UnlearningConfig, UnlearningTrainer
 from hfext.unlearning._data import EpochSampler, PairedDataset, collate
@@ -218,13 +218,7 @@ def test_padding_changes_nothing(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A byte-level tokenizer trained on a few sentences; its padding token is its end of sequence."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    made = ByteLevelBPETokenizer(add_prefix_space=False)
-    texts = ["Question: Who wrote The Glass Owl? Answer: Amara Belgard wrote it.", "I don't know."] * 3
-    made.train_from_iterator(texts, vocab_size=300, special_tokens=["<eos>"], show_progress=False)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<eos>")
+    return text_tokenizer()
 
 
 QA = [{"question": f"Who wrote book {i}?", "answer": f"Amara Belgard wrote {i}."} for i in range(6)]

@@ -32,7 +32,7 @@ from .kv_quality import kept
 
 logger = logging.get_logger(__name__)
 
-RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
+RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 # Objective, its options, and the rates at which it is tried where these are not RATES.
 ENTRIES: dict[str, tuple[str, dict[str, Any], Sequence[float]]] = {
     "ngdiff": ("ngdiff", {}, RATES),

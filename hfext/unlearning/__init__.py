@@ -18,9 +18,7 @@ Read forgetting, utility, privacy (`evaluate`) and relearning (`relearning`) tog
 
 from ..registry import collect
 from . import (
-    antidote,
     code_eraser,
-    concept_vectors,
     dpo,
     grad_ascent,
     grad_diff,
@@ -31,20 +29,27 @@ from . import (
     ngdiff,
     npo,
     prompt_decouple,
-    prune_then_unlearn,
-    rece,
-    relearning,
     rmu,
-    rocr,
     simnpo,
-    ssd,
-    task_vector,
-    ununlearning,
 )
 from ._config import UnlearningConfig
+from ._edit import Edit
 from ._evaluate import StopWhenForgotten, evaluate
 from ._objective import Objective, TwoGradientObjective
 from ._terms import Term, rows, tokens
 from ._trainer import UnlearningTrainer
+from .antidote import antidote
+from .concept_vectors import concept_vector_report, concept_vectors, find_concept_vectors, needle_training
+from .dmm import DMM, estimate_datamodel, predicted_oracle
+from .dp2 import DPConfig, DPTrainer, unlearn_from_dp_base
+from .prune_then_unlearn import prune_then_unlearn
+from .rece import rece
+from .relearning import relearning
+from .rocr import rocr
+from .s3t import S3TConfig, S3TTrainer
+from .ssd import importance, ssd
+from .task_vector import task_vector
+from .ununlearning import ununlearning
+from .worst_case import worst_case_forget_set
 
 METHODS = collect(__name__)

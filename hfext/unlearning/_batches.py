@@ -8,21 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-IGNORED = -100
+from ._data import padded
 
 
 def pad_rows(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask` by length, and `labels` (the ids where a row has none)."""
-    lengths = [len(row["input_ids"]) for row in rows]
-    size = (len(rows), max(lengths))
-    ids, mask = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
-    labels = torch.full(size, IGNORED, dtype=torch.long)
-    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-        given = row.get("labels", row["input_ids"])
-        if len(given) != n or n == 0:
-            raise ValueError(f"A row has {n} input_ids and {len(given)} labels; both must be equally many, and >= 1.")
-        ids[i, :n], mask[i, :n], labels[i, :n] = torch.as_tensor(row["input_ids"]), 1, torch.as_tensor(given)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    made = []
+    for row in rows:
+        ids, given = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
+        if len(given) != len(ids) or not ids:
+            raise ValueError(
+                f"A row has {len(ids)} input_ids and {len(given)} labels; both must be equally many, and >= 1."
+            )
+        made.append({"input_ids": ids, "labels": given})
+    return padded(made)
 
 
 def is_row(item: Any) -> bool:

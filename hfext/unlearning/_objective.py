@@ -72,8 +72,8 @@ class Objective(ABC):
         """Numbers of items of a micro-batch, by the names that terms are divided by."""
         return {name: n for part, given in batch.items() for name, n in counts_of(part, given["labels"]).items()}
 
-    def prepare(self, model: nn.Module) -> None:  # noqa: B027 (nothing to do for most)
-        """Before training: may freeze parameters."""
+    def prepare(self, model: nn.Module, data: Any) -> None:  # noqa: B027 (nothing to do for most)
+        """Before training: may freeze parameters, and look at the rows of each part (`data.parts`)."""
 
     def finish(self, trainer: Any) -> None:  # noqa: B027
         """After training, before the model is saved for the last time."""

@@ -95,7 +95,7 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         data = self._pairs(args, processing_class, forget_dataset, retain_dataset, decouple_dataset)
         mode = chosen_mode(args.reference, model, self.objective, ref_model) if self.objective.reference else None
         self.reference = Reference(mode, model, self.objective, ref_model) if mode else None
-        self.objective.prepare(model)
+        self.objective.prepare(model, data)
         kwargs.setdefault("data_collator", collate)
         if eval_dataset is None and args.eval_strategy != "no" and self.evaluators:
             eval_dataset = data.parts.get("retain", data.parts.get("forget"))

@@ -144,7 +144,7 @@ METHOD = Method(
     repo="git-disl/Antidote",
     status="faithful",
     target="hfext.unlearning.antidote:antidote",
-    usage="edit = hfext.unlearning.antidote.antidote(model, harmful_rows, dense_ratio=0.1)",
+    usage="edit = hfext.unlearning.antidote(model, harmful_rows, dense_ratio=0.1)",
     summary="Zeroes the weights that harmful data use most, by Wanda's score; no training.",
     claim="Harmful behaviour after fine-tuning falls at a small loss of task accuracy.",
     headline=Result(

@@ -210,7 +210,7 @@ METHOD = Method(
     difference="Columns are found by a standardised score of given tokens; the paper has an LLM judge the top tokens "
     "of candidates.",
     target="hfext.unlearning.concept_vectors:concept_vectors",
-    usage="edit = hfext.unlearning.concept_vectors.concept_vectors(model, [(layer, dim)], std=0.1)",
+    usage="edit = hfext.unlearning.concept_vectors(model, [(layer, dim)], std=0.1)",
     summary="Ablates the MLP value vectors that hold a concept, and measures whether other unlearning reached them.",
     claim="Unlearning by fine-tuning barely changes the vectors that hold a concept; ablating them does.",
     headline=Result(

@@ -62,7 +62,7 @@ class L1Sparse(Objective):
     Config = L1SparseConfig
     needs = ("retain",)
 
-    def prepare(self, model):
+    def prepare(self, model, data):
         skip = self.config.exclude
         self.penalised = [
             p for name, p in model.named_parameters() if p.requires_grad and not (skip and re.search(skip, name))

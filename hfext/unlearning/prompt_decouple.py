@@ -49,8 +49,8 @@ class PromptDecouple(Objective):
         self.base = objective(self.config.base, self.config.base_args)
         self.needs, self.reference = (*self.base.needs, "decouple"), self.base.reference
 
-    def prepare(self, model):
-        self.base.prepare(model)
+    def prepare(self, model, data):
+        self.base.prepare(model, data)
 
     def forward(self, model, batch, **kwargs):
         return self.base.forward(model, batch, **kwargs)

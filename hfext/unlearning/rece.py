@@ -214,7 +214,7 @@ METHOD = Method(
     repo="CharlesGong12/RECE",
     status="faithful",
     target="hfext.unlearning.rece:rece",
-    usage='edit = hfext.unlearning.rece.rece(unet, erase, preserve, target, targets=r"attn2\\.to_[kv]$")',
+    usage='edit = hfext.unlearning.rece(unet, erase, preserve, target, targets=r"attn2\\.to_[kv]$")',
     summary="Erases concepts from linear projections in closed form, adversarial embeddings included.",
     claim="Adversarial embeddings no longer bring an erased concept back.",
     headline=Result(metric="erasure time", setting="Stable Diffusion 1.4, a GPU (paper)", value="about 3 seconds"),

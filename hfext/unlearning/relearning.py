@@ -187,7 +187,7 @@ METHOD = Method(
     difference="An evaluation on made-up facts, against a retrained model; the paper attacks aligned models.",
     target="hfext.unlearning.relearning:relearning",
     config=RelearningConfig,
-    usage="hfext.unlearning.relearning.relearning(model, forget_rows, tokenizer, gold=gold, target=before)",
+    usage="hfext.unlearning.relearning(model, forget_rows, tokenizer, gold=gold, target=before)",
     summary="Measures how fast a little fine-tuning brings unlearned rows back, beside a retrained model.",
     headline=Result(
         metric="attack success rate", setting="ChatGPT, 100 examples of fine-tuning (abstract)", value="88 %"

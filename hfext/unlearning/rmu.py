@@ -102,7 +102,7 @@ class RMU(Objective):
     Config = RMUConfig
     reference = {"retain": "outputs"}
 
-    def prepare(self, model):
+    def prepare(self, model, data):
         c = self.config
         found = down_projections(model)
         check(c, "layer", c.layer < len(found), f"below {len(found)}, the number of blocks")

@@ -227,7 +227,7 @@ METHOD = Method(
     difference="The abstract says: a training-free rank-one edit that redirects the perception of a concept to a "
     "harmless one. Which matrix, the keys at the subject's last token, the metric and the choice of layer are ours.",
     target="hfext.unlearning.rocr:rocr",
-    usage='edit = hfext.unlearning.rocr.rocr(model, tokenizer, "Ada Lovelace", "a stranger", layer=5, texts=texts)',
+    usage='edit = hfext.unlearning.rocr(model, tokenizer, "Ada Lovelace", "a stranger", layer=5, texts=texts)',
     summary="Redirects a concept to a harmless one by a rank-one edit of an MLP; exports as a LoRA adapter.",
     claim="After the edit the concept is forgotten in every form of the question.",
     headline=Result(

@@ -244,7 +244,7 @@ METHOD = Method(
     repo="if-loops/selective-synaptic-dampening",
     status="faithful",
     target="hfext.unlearning.ssd:ssd",
-    usage="edit = hfext.unlearning.ssd.ssd(model, forget_rows, data=all_rows, alpha=10)",
+    usage="edit = hfext.unlearning.ssd(model, forget_rows, data=all_rows, alpha=10)",
     summary="Shrinks the weights that matter far more to the forget set than to all training data; no training.",
     claim="SSD is competitive with retraining in a fraction of its time.",
     headline=Result(

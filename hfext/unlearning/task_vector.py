@@ -129,13 +129,13 @@ class TaskVector(Objective):
     Config = TaskVectorConfig
     needs = ("forget",)
 
-    def prepare(self, model):
+    def prepare(self, model, data):
         self.start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         lora = {name for name in self.start if ".lora_B." in name or ".lora_embedding_B" in name}
         if lora and any(self.start[name].any() for name in lora):
             raise ValueError(
-                "task_vector needs a fresh adapter: scaling one that was trained negates all that it has learnt. Merge "
-                "it, and add a new one."
+                "task_vector needs a fresh adapter: scaling one that was trained negates all that it has learnt. "
+                "Merge it, and add a new one."
             )
         self.adapter = lora
 
@@ -165,6 +165,6 @@ METHOD = Method(
     summary="Subtracts what further training on the forget set adds to the weights.",
     claim="Negating a task vector makes the model forget the task and keeps others.",
     headline=Result(metric="target and control accuracy", setting="CLIP, eight tasks", value="not re-checked"),
-    notes="`hfext.unlearning.task_vector.task_vector(model, reinforced, alpha)` edits a model by one that was trained "
+    notes="`hfext.unlearning.task_vector(model, reinforced, alpha)` edits a model by one that was trained "
     "so already. Compared in recipes/unlearning/ngdiff-llama-tofu.yaml.",
 )

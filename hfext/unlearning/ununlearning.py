@@ -87,7 +87,7 @@ METHOD = Method(
     status="variant",
     difference="The paper argues; this measures ROUGE of answers with the fact, another one, or nothing before.",
     target="hfext.unlearning.ununlearning:ununlearning",
-    usage="hfext.unlearning.ununlearning.ununlearning(model, tokenizer, rows, gold=gold)",
+    usage="hfext.unlearning.ununlearning(model, tokenizer, rows, gold=gold)",
     summary="Measures whether a forgotten fact is answered again when the prompt tells it.",
     notes="A measure of other methods, of models large enough to read a context; no recipe of its own.",
 )

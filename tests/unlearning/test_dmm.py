@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from unlearning_cases import FORGET, RETAIN, first_gradient, flat, gradient_of, llama, trainer
 
 from hfext.unlearning.dmm import (
+    DMM,
     draw_subsets,
     estimate_datamodel,
     fit_datamodel,
@@ -231,3 +233,64 @@ def test_reductions_and_bad_input():
         estimate_datamodel(lambda rows: torch.zeros(()), 4, 10)
     with pytest.raises(ValueError, match="must return finite"):
         estimate_datamodel(lambda rows: torch.full((2,), math.nan), 4, 10)
+
+
+# ---- the objective ---------------------------------------------------------------------------------------------------
+
+
+def margins_of(model, rows):
+    """Mean margin of the scored tokens of each row, by the definition, one row at a time."""
+    found = []
+    for row in rows:
+        p = model(torch.tensor([row["input_ids"]])).logits[0].softmax(-1)
+        each = [
+            (p[t - 1, label] / (1 - p[t - 1, label])).log()
+            for t, label in enumerate(row["labels"])
+            if t and label != -100
+        ]
+        found.append(torch.stack(each).mean())
+    return torch.stack(found)
+
+
+def targets_of(model):
+    return {"forget": margins_of(model, FORGET).detach(), "retain": margins_of(model, RETAIN).detach()}
+
+
+def test_the_gradient_is_that_of_the_formula(tmp_path):
+    model, oracle = llama().double(), llama(seed=4).double()
+    targets = targets_of(oracle)
+    made = DMM(targets=targets, gamma=0.7, alpha=1.3)
+    found, pairs = first_gradient("npo", tmp_path, model, objective=made)
+    loss = 0
+    for part, weight in (("forget", 0.7), ("retain", 1.3)):
+        mine = [pair[part] for pair in pairs]
+        wanted = targets[part].float().double()[[row["index"] for row in mine]]
+        loss = loss + weight * (margins_of(model, mine) - wanted).square().mean()
+    # Targets are held in float32.
+    torch.testing.assert_close(found, gradient_of(loss, model), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_meets_its_targets_stays_and_others_come_nearer(tmp_path):
+    model, oracle = llama(), llama(seed=4)
+    before = flat(model)
+    trainer("npo", tmp_path, model=model, objective=DMM(targets=targets_of(llama()))).train()
+    assert (flat(model) - before).abs().max() < 1e-5
+    targets = targets_of(oracle)
+    options = dict(optim="adamw_torch", learning_rate=1e-2, num_train_epochs=20)
+    trainer("npo", tmp_path, model=model, objective=DMM(targets=targets), **options).train()
+    left = (margins_of(model, FORGET) - targets["forget"]).square().mean()
+    assert left < 0.1 * (margins_of(llama(), FORGET) - targets["forget"]).square().mean()
+
+
+def test_targets_from_a_file_and_bad_ones(tmp_path):
+    from safetensors.torch import save_file
+
+    targets = targets_of(llama())
+    save_file(targets, tmp_path / "targets.safetensors")
+    assert torch.equal(DMM(targets=str(tmp_path / "targets.safetensors")).targets["forget"], targets["forget"])
+    with pytest.raises(ValueError, match="must have forget and retain"):
+        DMM(targets={"forget": [0.0]})
+    with pytest.raises(ValueError, match="one finite number for each row"):
+        DMM(targets={"forget": [float("nan")], "retain": [0.0]})
+    with pytest.raises(ValueError, match=r"targets\['forget'\] has 1 numbers for 8 rows"):
+        trainer("npo", tmp_path, objective=DMM(targets={"forget": [0.0], "retain": [0.0]}))

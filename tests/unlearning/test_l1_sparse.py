@@ -33,9 +33,9 @@ def test_weights_shrink_with_the_penalty_and_forget_rows_are_not_seen(tmp_path):
 def test_some_parameters_can_be_left_out():
     model = llama()
     made = L1Sparse(exclude="embed|norm|lm_head")
-    made.prepare(model)
+    made.prepare(model, None)
     assert float(l1_norm(made.penalised)) < float(flat(model).abs().sum())
     with pytest.raises(ValueError, match="leaves no parameter"):
-        L1Sparse(exclude=".").prepare(model)
+        L1Sparse(exclude=".").prepare(model, None)
     with pytest.raises(ValueError, match="exclude is '\\[' but must be a regular expression"):
         L1Sparse(exclude="[")

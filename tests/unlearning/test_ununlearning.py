@@ -1,10 +1,13 @@
 """In-context reintroduction: the prompts of each condition, and a model that repeats what it reads."""
 
+import importlib
+
 import pytest
 from unlearning_cases import llama, text_tokenizer
 
-from hfext.unlearning import ununlearning as module
 from hfext.unlearning.ununlearning import contexts, ununlearning
+
+module = importlib.import_module("hfext.unlearning.ununlearning")
 
 ROWS = [
     {"question": f"Who wrote book {i}?", "answer": f"Amara wrote {i}.", "paraphrased_answer": f"It is by Amara, {i}."}

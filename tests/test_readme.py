@@ -141,3 +141,19 @@ def test_the_example_of_contributing_is_a_working_method(monkeypatch):
     sam_step(optimizer, closure)
     # The gradient of half the square is the weight itself: w - lr * (w + rho * sign(w)).
     assert torch.allclose(weight.detach(), torch.tensor([3.0 - 0.35, -4.0 + 0.45], dtype=torch.float64), atol=1e-9)
+
+
+@pytest.mark.real_model
+def test_the_example_forgets(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    source = _python(README, 4)
+    line = next(line for line in source.splitlines() if "from_pretrained" in line)
+    local = source.replace(line, "from hfext.experiments import _smollm2; model, tokenizer = _smollm2.load()")
+    seen = []
+    names = {"print": seen.append}
+    with torch.random.fork_rng():
+        exec(compile(local, "README.md", "exec"), names)
+    found, attack = seen
+    assert found["forget_probability"] < 0.1 < 0.5 < found["retain_probability"]
+    assert "gold" in attack["missing"] and len(attack["unlearned"]) == 2

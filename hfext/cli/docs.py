@@ -37,7 +37,11 @@ def docs(
 
 def render(text: str, results: Path) -> str:
     """`text` with everything between the markers `<!-- NAME:begin -->` and `<!-- NAME:end -->` made anew."""
-    parts: dict[str, Callable[[Path], str]] = {"methods": _methods, "results": _results}
+    parts: dict[str, Callable[[Path], str]] = {
+        "methods": _methods,
+        "results": _results,
+        "unlearning": _unlearning,
+    }
     for name, part in parts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -79,6 +83,12 @@ def _results(results: Path) -> str:
     if places:
         blocks.append(f"Measured on {'; '.join(places)}. Versions, seeds and times are in `recipes/results/`.")
     return "\n\n".join(blocks) or "No results yet."
+
+
+def _unlearning(results: Path) -> str:
+    """The comparison of objectives: its first table, forgetting, utility, privacy and relearning together."""
+    tables = _read(results / "ngdiff.json").get("tables", {})
+    return next((table(rows, markdown=True) for rows in tables.values()), "Not run yet.")
 
 
 def _evidence(name: str, record: dict[str, Any]) -> dict[str, Any]:

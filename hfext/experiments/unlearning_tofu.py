@@ -154,12 +154,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     for seed in range(config.seeds):
         target, gold = target_and_gold(out / "models", tokenizer, sets, seed)
         of_gold = kept(
-            out / "runs" / f"gold-{seed}.json", {},
-            lambda gold=gold: evaluate(gold, tokenizer, forget=sets.forget, retain=sets.retain, holdout=sets.holdout,
-                                       batch_size=40),
+            out / "runs" / f"gold-{seed}.json", attacks,
+            lambda gold=gold, seed=seed: {
+                **evaluate(gold, tokenizer, forget=sets.forget, retain=sets.retain, holdout=sets.holdout,
+                           batch_size=40),
+                "relearning": relearnt(gold, tokenizer, sets, config, seed),
+            },
         )  # fmt: skip
         ends = {"gold": {k: v for k, v in of_gold.items() if isinstance(v, int | float)}}
-        ends["gold"] |= {"forget_quality": 1.0, "privleak": 0.0}
+        ends["gold"] |= {"forget_quality": 1.0, "privleak": 0.0, "relearning": of_gold["relearning"]}
         ends["target"] = kept(
             out / "runs" / f"target-{seed}.json", {},
             lambda target=target, of_gold=of_gold: measured(target, tokenizer, sets, of_gold),
@@ -171,8 +174,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 name = f"{entry.replace(', ', '_').replace(' ', '_')}-{rate:g}-{seed}.json"
                 results[entry, rate, seed] = kept(
                     out / "runs" / name, about,
-                    lambda e=entry, r=rate, s=seed, t=target, g=gold, o=of_gold: one_run(
-                        t, g, o, tokenizer, sets, e, r, config, s
+                    lambda e=entry, r=rate, s=seed, t=target, o=of_gold: one_run(
+                        t, o, tokenizer, sets, e, r, config, s
                     ),
                 )  # fmt: skip
     tables, chosen = summary(results, bounds, config)
@@ -183,7 +186,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     return found
 
 
-def one_run(target, gold, of_gold, tokenizer, sets, entry, rate, config, seed) -> dict[str, Any]:
+def one_run(target, of_gold, tokenizer, sets, entry, rate, config, seed) -> dict[str, Any]:
     """Numbers of one setting, with the curve of its relearning; a run that diverged says so."""
     try:
         model = unlearned(target, tokenizer, sets, entry, rate, config, seed)
@@ -192,11 +195,15 @@ def one_run(target, gold, of_gold, tokenizer, sets, entry, rate, config, seed) -
             raise
         return {"diverged": True}
     found = measured(model, tokenizer, sets, of_gold)
-    curve = relearning(
-        model, sets.forget, tokenizer, gold=gold, target=target, steps=config.relearn_steps, learning_rate=5e-4,
-        seed=seed,
-    )  # fmt: skip
-    return {**found, "relearning": curve["unlearned"], "gold_relearning": curve["gold"]}
+    if found["forget_quality"] < config.least_quality:
+        return found  # does not compete, so that its relearning says nothing
+    return {**found, "relearning": relearnt(model, tokenizer, sets, config, seed)}
+
+
+def relearnt(model, tokenizer, sets, config, seed) -> list[float]:
+    """The curve of the attack, which is the same for all models of a seed."""
+    options = dict(steps=config.relearn_steps, learning_rate=5e-4, seed=seed)
+    return relearning(model, sets.forget, tokenizer, **options)["unlearned"]
 
 
 def competing(results, entry: str, seed: int, config: Config) -> dict[str, Any] | None:
@@ -225,9 +232,6 @@ def summary(results, bounds, config: Config) -> tuple[dict[str, list[dict]], dic
         row("before unlearning", [b["target"] for b in bounds], {"forgot in": None}),
         row("trained without the rows", [b["gold"] for b in bounds], {"forgot in": None}),
     ]
-    curves = [r["gold_relearning"][-1] for r in results.values() if "gold_relearning" in r]
-    if curves:  # the attack of a seed is the same for all methods
-        first[1][f"relearnt after {config.relearn_steps[-1]} steps"] = mean(curves)
     rows = [
         row(e, [r for r in runs if r], {"forgot in": f"{sum(r is not None for r in runs)} of {config.seeds}"})
         for e, runs in chosen.items()
@@ -263,7 +267,7 @@ def plots(results, bounds, chosen, config: Config, out: Path) -> None:
         found = [r["relearning"] for r in runs if r]
         if found:
             curves[e] = (steps, [mean(values) for values in zip(*found, strict=True)], None)
-    gold = [r["gold_relearning"] for r in results.values() if "gold_relearning" in r]
+    gold = [b["gold"]["relearning"] for b in bounds]
     curves["trained without the rows"] = (steps, [mean(values) for values in zip(*gold, strict=True)], None)
     lines(out / "relearning.png", curves, "updates on 8 forget rows", "probability of the other 32 answers",
           "relearning after unlearning")  # fmt: skip

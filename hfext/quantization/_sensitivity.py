@@ -122,8 +122,8 @@ def quantizer(quantize: Any, group_size: int) -> Callable[[Layer, int], Tensor]:
     """`of(layer, bits)`: the layer's weight [rows, columns] in float32 after quantising and back; 16 bits keep it.
 
     Args:
-        quantize: `None` for the defaults of `RTNConfig`, a function `(weight, bits, group_size)` that returns a `Quantized`, or a
-            config of the family that needs no data.
+        quantize: `None` for the defaults of `RTNConfig`, a function `(weight, bits, group_size)` that returns a
+            `Quantized`, or a config of the family that needs no data.
         group_size (`int`): Columns of a group; -1 is a whole row.
     """
     if isinstance(quantize, WeightConfig) and quantize.group_size != group_size:

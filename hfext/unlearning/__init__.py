@@ -33,6 +33,7 @@ from . import (
     simnpo,
 )
 from ._config import UnlearningConfig
+from ._data import collate, tokenize
 from ._edit import Edit
 from ._evaluate import StopWhenForgotten, evaluate
 from ._objective import Objective, TwoGradientObjective

@@ -151,6 +151,15 @@ def token_rows(name: str, data: Any, tokenizer: Any, template: str = TEMPLATE, m
     return kept
 
 
+def tokenize(
+    rows: Any, tokenizer: Any, template: str = TEMPLATE, max_length: int | None = 1024
+) -> list[dict[str, list[int]]]:
+    """Rows of text as `input_ids` and `labels`, as [`UnlearningTrainer`] makes them, for the stock Trainer with
+    `hfext.unlearning.collate` as its data collator."""
+    found = token_rows("rows", rows, tokenizer, template, max_length)
+    return [{key: row[key] for key in ("input_ids", "labels")} for row in found]
+
+
 def overlap(forget: Sequence[Mapping], retain: Sequence[Mapping]) -> int:
     """How many forget rows stand in the retain set too."""
     known = {tuple(row["input_ids"]) for row in retain}

@@ -98,7 +98,7 @@ def evaluate(
     for name, given in parts.items():
         if given is None:
             continue
-        scores[name] = seen.scores(name, given)
+        scores[name] = seen.scores(name, given, (ORDER,) if name == "forget" else ())
         tofu_parts[name] = _tofu_part(seen, name, given, scores[name], rows, missing)
         found |= {f"{name}_{key}": value for key, value in tofu_parts[name].items()}
     _utility(tofu_parts, found, missing)
@@ -121,14 +121,14 @@ class _Seen:
         self.max_length, self.max_new_tokens, self.batch_size = max_length, max_new_tokens, batch_size
         self.generate = generate and tokenizer is not None
 
-    def scores(self, name: str, given: Rows) -> TokenScores:
+    def scores(self, name: str, given: Rows, orders: tuple[float, ...] = ()) -> TokenScores:
         if len(given) == 0:
             raise ValueError(f"{name} is empty.")
         made = [token_row(given[i], self.tokenizer, self.template, self.max_length) for i in range(len(given))]
         silent = sum(not scores_something(row) for row in made)
         if silent:
             raise ValueError(f"{name}: {silent} of {len(made)} rows have no token to score.")
-        return score_rows(self.model, made, self.batch_size, renyi=(ORDER,))
+        return score_rows(self.model, made, self.batch_size, renyi=orders)
 
     def losses(self, name: str, given: Rows, field: str) -> list[list[float]] | None:
         """Mean token loss of other answers [rows][answers]; None unless every row has the field."""
@@ -215,7 +215,7 @@ def _privacy(seen, forget, holdout, gold, k, found, missing, rows) -> None:
             ("auc_loss", "auc_min_k", "auc_min_k_plus_plus", "auc_renyi", "privleak"), "needs holdout"
         )
         return
-    unseen = seen.scores("holdout", holdout)
+    unseen = seen.scores("holdout", holdout, (ORDER,))
     attacks: dict[str, Callable[[TokenScores], torch.Tensor]] = {
         "loss": lambda s: loss(s.log_p),
         "min_k": lambda s: min_k(s.log_p, k),

@@ -153,8 +153,8 @@ class DMMConfig:
     """Options of [`DMM`].
 
     Args:
-        targets: f_hat of every row of the parts "forget" and "retain", in their order: lists or tensors by part, or the
-            path of a safetensors file with two such tensors.
+        targets: f_hat of every row of the parts "forget" and "retain", in their order: lists or tensors by part, or
+            the path of a safetensors file with two such tensors.
         gamma, alpha: Weights of the forget and the retain rows, >= 0.
     """
 
@@ -228,6 +228,6 @@ METHOD = Method(
         setting="image classification (abstract, figures not known to us)",
         value="below existing approximate methods",
     ),
-    notes="`estimate_datamodel` and `predicted_oracle` make the targets from models trained on subsets. No recipe: hundreds of trainings; the tests have "
-    "regressions, whose retrained models are known in closed form.",
+    notes="`estimate_datamodel` and `predicted_oracle` make the targets from models trained on subsets. No recipe: "
+    "hundreds of trainings; the tests have regressions, whose retrained models are known in closed form.",
 )

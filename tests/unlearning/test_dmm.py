@@ -235,7 +235,7 @@ def test_reductions_and_bad_input():
         estimate_datamodel(lambda rows: torch.full((2,), math.nan), 4, 10)
 
 
-# ---- the objective ---------------------------------------------------------------------------------------------------
+# ---- the objective --------------------------------------------------------------------------------------------------
 
 
 def margins_of(model, rows):

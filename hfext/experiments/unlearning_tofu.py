@@ -32,7 +32,7 @@ from .kv_quality import kept
 
 logger = logging.get_logger(__name__)
 
-RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
+RATES = (2.5e-4, 5e-4, 1e-3)
 # Objective, its options, and the rates at which it is tried where these are not RATES.
 ENTRIES: dict[str, tuple[str, dict[str, Any], Sequence[float]]] = {
     "ngdiff": ("ngdiff", {}, RATES),
@@ -47,7 +47,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any], Sequence[float]]] = {
     "npo, no retain": ("npo", {"retain": "none"}, RATES),
     "simnpo": ("simnpo", {}, RATES),
     # The paper's alpha of 1200 is for states of length 100 and more; here they are of length 10.
-    "rmu": ("rmu", {"layer": 1, "c": 6.5, "alpha": 10.0, "parameters": r"layers\.[01]\."}, (1e-3, 2e-3, 4e-3, 8e-3)),
+    "rmu": ("rmu", {"layer": 1, "c": 6.5, "alpha": 10.0, "parameters": r"layers\.[01]\."}, (1e-3, 2e-3, 4e-3)),
     "l1_sparse": ("l1_sparse", {"gamma": 1e-4}, (1e-3, 2e-3, 4e-3)),
     "task_vector": ("task_vector", {"alpha": 1.0}, (2.5e-4, 5e-4, 1e-3)),
 }

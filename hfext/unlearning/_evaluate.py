@@ -23,7 +23,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..metrics import extraction, muse, tofu
-from ..metrics._generate import generate_answers
+from ..metrics._generate import ends_of, generate_ids
 from ..metrics._membership import auc, loss
 from ..metrics._token_scores import TokenScores, score_rows
 from ..metrics.min_k import min_k
@@ -119,7 +119,7 @@ class _Seen:
     def __init__(self, model, tokenizer, template, max_length, max_new_tokens, batch_size, generate):
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.max_length, self.max_new_tokens, self.batch_size = max_length, max_new_tokens, batch_size
-        self.generate = generate and tokenizer is not None
+        self.wanted, self.generate = generate, generate and tokenizer is not None
 
     def scores(self, name: str, given: Rows, orders: tuple[float, ...] = ()) -> TokenScores:
         if len(given) == 0:
@@ -141,12 +141,22 @@ class _Seen:
         values = iter(loss(self.scores(f"{name}.{field}", flat).log_p).tolist())
         return [[next(values) for _ in some] for some in answers]
 
-    def answers(self, given: Rows) -> list[str] | None:
-        if not self.generate or any("question" not in given[i] for i in range(len(given))):
+    def answers(self, given: Rows) -> tuple[list[str], list[str]] | None:
+        """The greedy answer to each prompt, and the true one; None where rows have no prompt, or nothing is asked."""
+        if not self.generate:
             return None
-        prompts = [self.template.format(question=given[i]["question"]) for i in range(len(given))]
-        found = generate_answers(self.model, self.tokenizer, prompts, self.max_new_tokens, self.batch_size)
-        return [text.strip() for text in found]
+        made = [token_row(given[i], self.tokenizer, self.template, self.max_length) for i in range(len(given))]
+        starts = [next(t for t, label in enumerate(row["labels"]) if label != -100) for row in made]
+        if not all(starts):
+            return None
+        prompts = [row["input_ids"][:start] for row, start in zip(made, starts, strict=True)]
+        ends = ends_of(self.model, self.tokenizer)
+        new = generate_ids(self.model, prompts, self.max_new_tokens, self.batch_size, ends)
+        said = [[x for x in row["labels"] if x != -100] for row in made]
+        return self._texts(new), self._texts(said)
+
+    def _texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
 
 
 def _tofu_part(seen, name, given, scores, rows, missing) -> dict[str, float]:
@@ -168,14 +178,12 @@ def _tofu_part(seen, name, given, scores, rows, missing) -> dict[str, float]:
         found["truth_ratio_score_geometric"] = tofu.truth_ratio_score(
             rows[f"{name}_truth_ratio"], forget=name == "forget"
         )
-    answers = seen.answers(given)
-    if answers is None:
-        reason = (
-            "generate is False" if seen.tokenizer is not None and not seen.generate else "needs a tokenizer and text"
-        )
+    asked = seen.answers(given)
+    if asked is None:
+        reason = "needs a tokenizer and rows with a prompt" if seen.wanted else "generate is False"
         missing |= {f"{name}_rouge": reason, f"{name}_knowmem": reason}
     else:
-        truths = [given[i]["answer"] for i in range(len(given))]
+        answers, truths = asked
         rows[f"{name}_answers"] = answers
         found["rouge"] = float(tofu.rouge_recall(answers, truths).mean())
         if name in ("forget", "retain"):

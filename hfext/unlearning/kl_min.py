@@ -8,24 +8,14 @@ was. Common code takes the mean over prompt and padding too, which makes the wei
 from dataclasses import dataclass
 
 from ..registry import Method
-from ._objective import Objective, finite
+from ._objective import Objective
 from ._terms import keeping, tokens
+from .grad_diff import GradDiffConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class KLMinConfig:
-    """Options of [`KLMin`].
-
-    Args:
-        gamma: Weight of the forget loss, >= 0.
-        alpha: Weight of the divergence, >= 0.
-    """
-
-    gamma: float = 1.0
-    alpha: float = 1.0
-
-    def __post_init__(self):
-        finite(self, "gamma", "alpha")
+class KLMinConfig(GradDiffConfig):
+    """Options of [`KLMin`]: those of [`GradDiffConfig`]; alpha weighs the divergence."""
 
 
 class KLMin(Objective):

@@ -107,10 +107,28 @@ def test_what_is_missing_is_named(tokenizer):
     assert found["missing"]["privleak"] == "needs holdout" and "passages" in found["missing"]["verbmem"]
     assert found["missing"]["forget_rouge"] == "generate is False"
     assert "perturbed_answer" in found["missing"]["forget_truth_ratio_score"]
+    passage = evaluate(model_of(tokenizer), tokenizer, forget=[{"text": "Amara Belgard wrote it."}])
+    assert "prompt" in passage["missing"]["forget_rouge"]
     tokens = evaluate(llama(), forget=rows(3, 1), retain=rows(3, 2))
     assert "tokenizer" in tokens["missing"]["forget_rouge"] and 0 < tokens["retain_probability"] < 1
     with pytest.raises(ValueError, match="forget is empty"):
         evaluate(llama(), forget=[])
+
+
+def test_prompts_in_every_form_give_the_same_answers(tokenizer):
+    model = model_of(tokenizer)
+    forms = {
+        "question": FORGET,
+        "prompt": [{"prompt": f"Question: {r['question']}\nAnswer:", "completion": f" {r['answer']}"} for r in FORGET],
+        "tokens": [token_row(r, tokenizer) for r in FORGET],
+    }
+    found = [evaluate(model, tokenizer, forget=data, max_new_tokens=5) for data in forms.values()]
+    for other in found[1:]:
+        assert other["rows"]["forget_answers"] == found[0]["rows"]["forget_answers"]
+        assert (
+            other["forget_rouge"] == found[0]["forget_rouge"]
+            and other["forget_probability"] == found[0]["forget_probability"]
+        )
 
 
 def test_passages(tokenizer):

@@ -38,6 +38,7 @@ from ._trainer import (
     register_optimizer,
     replaced,
     stock_optimizer,
+    train_batch_size,
     two_pass_optimizer,
     was_loaded,
 )

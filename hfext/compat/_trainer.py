@@ -138,6 +138,11 @@ def counters_kept(trainer: Trainer) -> Iterator[None]:
         vars(trainer).update(saved)
 
 
+def train_batch_size(trainer: Trainer) -> int:
+    """Rows of a batch on one process, which `auto_find_batch_size` makes smaller."""
+    return trainer._train_batch_size
+
+
 def loss_is_scaled(trainer: Trainer, num_items: Any) -> bool:
     """Whether `compute_loss` has divided by the items of the whole update, as `Trainer.training_step` decides it."""
     explicit = getattr(trainer, "loss_is_scaled_for_ga", None)

@@ -3,13 +3,16 @@
 A small Llama learns ten authors by heart, the objectives make it forget two of them, each at several learning rates
 and over several seeds, and `hfext.unlearning.evaluate` compares with a model that was trained without the two.
 
-Methods are compared at matched forgetting: of a method's settings in a seed, those with a forget quality of at least
-`least_quality` compete, and the one of the highest retain utility counts; in a seed without any the method did not
-forget. A relearning attack on that setting stands beside it. Utility is that of the retain rows alone (probability,
-ROUGE, truth ratio): a model of this size knows nothing of the world.
+Methods are compared at matched forgetting: a run ends at the first pass over the forget rows after which the forget
+quality is at least `least_quality`, as MUSE ends at the first pass that forgets as much as retraining. Of a method's
+rates in a seed those that came so far compete, and the one of the highest retain utility counts; in a seed without any
+the method did not forget. Without that end methods without a bound run past the retrained model, whose rows are not
+less likely than those of a model that never saw them. A relearning attack stands beside it. Utility is that of the
+retain rows alone (probability, ROUGE, truth ratio): a model of this size knows nothing of the world.
 """
 
 import copy
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +21,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from .. import registry
@@ -32,26 +35,29 @@ from .kv_quality import kept
 
 logger = logging.get_logger(__name__)
 
-RATES = (2.5e-4, 5e-4, 1e-3)
-# Objective, its options, and the rates at which it is tried where these are not RATES.
+# The method and its two main rivals are tried at three rates, the others at two.
+THREE, TWO = (2.5e-4, 5e-4, 1e-3), (5e-4, 1e-3)
+# Objective, its options, and learning rates.
 ENTRIES: dict[str, tuple[str, dict[str, Any], Sequence[float]]] = {
-    "ngdiff": ("ngdiff", {}, RATES),
-    "ngdiff, fixed rate": ("ngdiff", {"auto_lr": False}, RATES),
-    "loss_norm": ("loss_norm", {}, RATES),
-    "grad_ascent": ("grad_ascent", {}, RATES),
-    "grad_diff": ("grad_diff", {}, RATES),
-    "kl_min": ("kl_min", {}, RATES),
-    "idk": ("idk", {}, RATES),
-    "dpo": ("dpo", {}, RATES),
-    "npo": ("npo", {}, RATES),
-    "npo, no retain": ("npo", {"retain": "none"}, RATES),
-    "simnpo": ("simnpo", {}, RATES),
+    "ngdiff": ("ngdiff", {}, THREE),
+    "ngdiff, fixed rate": ("ngdiff", {"auto_lr": False}, TWO),
+    "loss_norm": ("loss_norm", {}, TWO),
+    "grad_ascent": ("grad_ascent", {}, (2.5e-4, 5e-4)),
+    "grad_diff": ("grad_diff", {}, THREE),
+    "kl_min": ("kl_min", {}, TWO),
+    "idk": ("idk", {}, (1e-3, 2e-3)),
+    "dpo": ("dpo", {}, (1e-3, 2e-3)),
+    "npo": ("npo", {}, THREE),
+    "npo, no retain": ("npo", {"retain": "none"}, TWO),
+    "simnpo": ("simnpo", {}, TWO),
     # The paper's alpha of 1200 is for states of length 100 and more; here they are of length 10.
-    "rmu": ("rmu", {"layer": 1, "c": 6.5, "alpha": 10.0, "parameters": r"layers\.[01]\."}, (1e-3, 2e-3, 4e-3)),
-    "l1_sparse": ("l1_sparse", {"gamma": 1e-4}, (1e-3, 2e-3, 4e-3)),
-    "task_vector": ("task_vector", {"alpha": 1.0}, (2.5e-4, 5e-4, 1e-3)),
+    "rmu": ("rmu", {"layer": 1, "c": 6.5, "alpha": 10.0, "parameters": r"layers\.[01]\."}, (1e-3, 4e-3)),
+    "l1_sparse": ("l1_sparse", {"gamma": 1e-4}, (2e-3, 4e-3)),
+    # Negated when training ends, so that the end is not found on the way.
+    "task_vector": ("task_vector", {"alpha": 1.0}, (1e-3, 4e-3)),
 }
 COLUMNS = {
+    "passes": "passes",
     "forget probability": "forget_probability",
     "forget ROUGE": "forget_rouge",
     "forget quality": "forget_quality",
@@ -69,9 +75,9 @@ class Config:
         method: The record that the run is evidence for, if any; its rows are compared with those of `baseline`.
         ours, baseline: Keys of `ENTRIES`.
         seeds: Models, each with its own training of target and gold.
-        epochs: Passes over the 40 forget rows.
+        epochs: Most passes over the 40 forget rows.
         batch_size: Pairs of an update.
-        least_quality: Forget quality from which a setting counts as forgetting.
+        least_quality: Forget quality at which a run ends, and from which a setting counts as forgetting.
         relearn_steps: Updates of the attack at which it is measured.
         data_dir: Folder that holds `tofu`; the shared data by default.
     """
@@ -98,11 +104,36 @@ class Config:
             raise ValueError(f"least_quality is {self.least_quality} but must be in [0, 1].")
 
 
+class UntilForgotten(TrainerCallback):
+    """Ends a run at the first evaluation with a forget quality of at least `least`; notes how many there were."""
+
+    def __init__(self, least: float):
+        self.least, self.passes = least, 0
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.passes += 1
+        if metrics["eval_forget_quality"] >= self.least:
+            control.should_training_stop = True
+
+
 def unlearned(
-    target: PreTrainedModel, tokenizer: Any, sets: Sets, entry: str, rate: float, config: Config, seed: int
-) -> PreTrainedModel:
-    """A copy of the target after one objective at one rate."""
+    target: PreTrainedModel,
+    of_gold: Any,
+    tokenizer: Any,
+    sets: Sets,
+    entry: str,
+    rate: float,
+    config: Config,
+    seed: int,
+) -> tuple[PreTrainedModel, int]:
+    """A copy of the target after one objective at one rate, and the passes that it took."""
     objective, options, _ = ENTRIES[entry]
+    until = UntilForgotten(config.least_quality)
+
+    def forgetting(model, processing_class):
+        found = evaluate(model, processing_class, forget=sets.forget, gold=of_gold, batch_size=40, generate=False)
+        return {"forget_quality": found["forget_quality"]}
+
     with tempfile.TemporaryDirectory() as folder:
         args = UnlearningConfig(
             folder,
@@ -124,15 +155,27 @@ def unlearned(
             disable_tqdm=True,
             use_cpu=True,
             dataloader_pin_memory=False,
-            abort_on_nonfinite=True,
         )
         trainer = UnlearningTrainer(
             copy.deepcopy(target), args, sets.forget, sets.retain, processing_class=tokenizer,
-            callbacks=[Bar(f"{entry} {rate:g}, seed {seed}")],
+            callbacks=[Bar(f"{entry} {rate:g}, seed {seed}"), until], evaluators=[forgetting],
         )  # fmt: skip
+        # Not by eval_strategy, which would evaluate the loss of retain rows too.
+        trainer.add_callback(EvaluateEachPass(trainer))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer.model.eval()
+    return trainer.model.eval(), until.passes
+
+
+class EvaluateEachPass(TrainerCallback):
+    """Asks a Trainer's evaluators at the end of each epoch."""
+
+    def __init__(self, trainer: UnlearningTrainer):
+        self.trainer = trainer
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer.evaluate()
+        return self.trainer.control
 
 
 def measured(model: PreTrainedModel, tokenizer: Any, sets: Sets, gold: Any) -> dict[str, Any]:
@@ -147,37 +190,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = tofu_folder(config.data_dir)
     tokenizer, sets = tokenizer_of(folder), ten_authors(folder)
-    settings = {k: v for k, v in asdict(config).items() if k in ("epochs", "batch_size")}
-    attacks = {"relearn_steps": list(config.relearn_steps)}
     results: dict[tuple[str, float, int], dict[str, Any]] = {}
     bounds: list[dict[str, dict[str, Any]]] = []
     for seed in range(config.seeds):
-        target, gold = target_and_gold(out / "models", tokenizer, sets, seed)
-        of_gold = kept(
-            out / "runs" / f"gold-{seed}.json", attacks,
-            lambda gold=gold, seed=seed: {
-                **evaluate(gold, tokenizer, forget=sets.forget, retain=sets.retain, holdout=sets.holdout,
-                           batch_size=40),
-                "relearning": relearnt(gold, tokenizer, sets, config, seed),
-            },
-        )  # fmt: skip
-        ends = {"gold": {k: v for k, v in of_gold.items() if isinstance(v, int | float)}}
-        ends["gold"] |= {"forget_quality": 1.0, "privleak": 0.0, "relearning": of_gold["relearning"]}
-        ends["target"] = kept(
-            out / "runs" / f"target-{seed}.json", {},
-            lambda target=target, of_gold=of_gold: measured(target, tokenizer, sets, of_gold),
-        )  # fmt: skip
+        ends, found = of_seed(config, out, tokenizer, sets, seed)
         bounds.append(ends)
-        for entry in config.methods:
-            for rate in ENTRIES[entry][2]:
-                about = {**settings, **attacks, "entry": [ENTRIES[entry][0], ENTRIES[entry][1]], "rate": rate}
-                name = f"{entry.replace(', ', '_').replace(' ', '_')}-{rate:g}-{seed}.json"
-                results[entry, rate, seed] = kept(
-                    out / "runs" / name, about,
-                    lambda e=entry, r=rate, s=seed, t=target, o=of_gold: one_run(
-                        t, o, tokenizer, sets, e, r, config, s
-                    ),
-                )  # fmt: skip
+        results |= {(entry, rate, seed): result for (entry, rate), result in found.items()}
     tables, chosen = summary(results, bounds, config)
     plots(results, bounds, chosen, config, out)
     found = {"tables": tables, "artifacts": ["utility.png", "relearning.png"]}
@@ -186,15 +204,43 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     return found
 
 
+def of_seed(config: Config, out: Path, tokenizer: Any, sets: Sets, seed: int) -> tuple[dict, dict]:
+    """What the target and the gold model score, and the result of each setting; finished runs are read again."""
+    target, gold = target_and_gold(out / "models", tokenizer, sets, seed)
+    settings = {k: v for k, v in asdict(config).items() if k in ("epochs", "batch_size", "least_quality")}
+    attacks = {"relearn_steps": list(config.relearn_steps)}
+
+    def of_gold() -> dict[str, Any]:
+        about = dict(forget=sets.forget, retain=sets.retain, holdout=sets.holdout, batch_size=40)
+        return {**evaluate(gold, tokenizer, **about), "relearning": relearnt(gold, tokenizer, sets, config, seed)}
+
+    never = kept(out / "runs" / f"gold-{seed}.json", attacks, of_gold)
+    ends = {"gold": {k: v for k, v in never.items() if isinstance(v, int | float)}}
+    ends["gold"] |= {"forget_quality": 1.0, "privleak": 0.0, "relearning": never["relearning"]}
+    path = out / "runs" / f"target-{seed}.json"
+    ends["target"] = kept(path, {}, lambda: measured(target, tokenizer, sets, never))
+    found = {}
+    for entry in config.methods:
+        for rate in ENTRIES[entry][2]:
+            about = {**settings, **attacks, "entry": [ENTRIES[entry][0], ENTRIES[entry][1]], "rate": rate}
+            path = out / "runs" / f"{re.sub('[, ]+', '_', entry)}-{rate:g}-{seed}.json"
+
+            def made(entry: str = entry, rate: float = rate) -> dict[str, Any]:
+                return one_run(target, never, tokenizer, sets, entry, rate, config, seed)
+
+            found[entry, rate] = kept(path, about, made)
+    return ends, found
+
+
 def one_run(target, of_gold, tokenizer, sets, entry, rate, config, seed) -> dict[str, Any]:
     """Numbers of one setting, with the curve of its relearning; a run that diverged says so."""
     try:
-        model = unlearned(target, tokenizer, sets, entry, rate, config, seed)
+        model, passes = unlearned(target, of_gold, tokenizer, sets, entry, rate, config, seed)
     except RuntimeError as error:
         if "The loss is" not in str(error):
             raise
         return {"diverged": True}
-    found = measured(model, tokenizer, sets, of_gold)
+    found = {"passes": passes, **measured(model, tokenizer, sets, of_gold)}
     if found["forget_quality"] < config.least_quality:
         return found  # does not compete, so that its relearning says nothing
     return {**found, "relearning": relearnt(model, tokenizer, sets, config, seed)}
@@ -242,7 +288,7 @@ def summary(results, bounds, config: Config) -> tuple[dict[str, list[dict]], dic
         for e in config.methods
         for rate in ENTRIES[e][2]
     ]
-    title = f"at a forget quality of {config.least_quality} and more, the rate of highest utility, means of the seeds"
+    title = f"at the first pass with a forget quality of {config.least_quality}, the rate of highest utility, means"
     return {title: first + rows, "every rate, means of the seeds": every}, chosen
 
 

@@ -29,9 +29,9 @@ class UnlearningConfig(TrainingArguments):
             other tools do.
         log_gradients (`bool`, *optional*, defaults to `False`): With one-gradient objectives, log the norms of the
             gradients of their terms and their cosine too, from the last micro-batch of an update that is logged. Costs
-            two more backward passes there; objectives with two gradients log them at no cost.
-        abort_on_nonfinite (`bool`, *optional*, defaults to `True`): A loss that is NaN or infinite ends the training;
-            unlearning losses have no lower bound.
+            two more backward passes there; objectives with two gradients log those of the whole update at no cost.
+        abort_on_nonfinite (`bool`, *optional*, defaults to `True`): A loss or gradient that is NaN or infinite ends
+            the training before the step; unlearning losses have no lower bound.
         max_length (`int`, *optional*, defaults to 1024): Longer rows of text are cut.
         template (`str`, *optional*): How rows with `question` and `answer` become text.
         refusals (`list[str]`, *optional*): Answers for objectives that teach a refusal; a list of our own by default.
@@ -66,15 +66,22 @@ class UnlearningConfig(TrainingArguments):
             raise ValueError(f"template is {self.template!r} but must contain {{question}}.")
         if self.refusals is not None and not all(isinstance(x, str) and x.strip() for x in self.refusals or [""]):
             raise ValueError("refusals must be a list of at least one text.")
-        two = issubclass(objective_class(self.objective), TwoGradientObjective)
-        if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0 if two else 1.0
+        self.default_clipping = self.max_grad_norm is None
+        self.adapt(objective_class(self.objective))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns is True but must be False: a batch holds several parts.")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor} but must be 0: losses are own.")
         super().__post_init__()
+
+    def adapt(self, kind: type) -> None:
+        """Clipping where it was left to us, and what does not go with an objective of this class."""
+        two = issubclass(kind, TwoGradientObjective)
+        if self.default_clipping:
+            self.max_grad_norm = 0.0 if two else 1.0
         if two and self.fp16:
             raise ValueError(
-                f"fp16 is True, but {self.objective} combines two gradients, whose loss scale would be lost: use bf16."
+                f"fp16 is True, but {kind.__name__} combines two gradients, whose loss scale would be lost: use bf16."
             )
 
     def objective_kwargs(self) -> dict[str, Any]:

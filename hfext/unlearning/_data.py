@@ -51,8 +51,11 @@ def token_row(row: Mapping[str, Any], tokenizer: Any, template: str = TEMPLATE, 
         made = {"input_ids": _list(row["input_ids"]), "labels": _list(row.get("labels", row["input_ids"]))}
         if len(made["input_ids"]) != len(made["labels"]):
             raise ValueError(f"A row has {len(made['input_ids'])} input_ids but {len(made['labels'])} labels.")
-        if "segment_mask" in row:
+        if row.get("segment_mask") is not None:
             made["segment_mask"] = _list(row["segment_mask"])
+        if row.get("attention_mask") is not None and not all(row["attention_mask"]):
+            seen = [bool(x) for x in row["attention_mask"]]  # rows that were padded already
+            made = {key: [v for v, kept in zip(x, seen, strict=True) if kept] for key, x in made.items()}
     else:
         if tokenizer is None:
             raise ValueError("The rows are text: give processing_class=tokenizer, or rows with input_ids and labels.")
@@ -129,7 +132,8 @@ def _list(values: Any) -> list[int]:
 
 def scores_something(row: Mapping[str, Sequence[int]]) -> bool:
     """Whether any label is predicted: the first position never is."""
-    return any(label != -100 for label in row["labels"][1:])
+    others = row.get("alternate")
+    return any(label != -100 for label in row["labels"][1:]) and (others is None or scores_something(others))
 
 
 def token_rows(name: str, data: Any, tokenizer: Any, template: str = TEMPLATE, max_length: int | None = None) -> list:
@@ -138,7 +142,9 @@ def token_rows(name: str, data: Any, tokenizer: Any, template: str = TEMPLATE, m
     Raises:
         ValueError: No row is left; text without a tokenizer; unknown columns.
     """
-    if data is None or len(data) == 0:
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise TypeError(f"{name} is {type(data).__name__} but must have a length and rows by number: list it.")
+    if len(data) == 0:
         raise ValueError(f"{name} is empty.")
     found = [token_row(data[i], tokenizer, template, max_length) for i in range(len(data))]
     kept = [row for row in found if scores_something(row)]
@@ -180,12 +186,24 @@ class PairedDataset(Dataset):
         anchor (`str`): The part of which one epoch sees every row once.
         seed (`int`): Of the pairs.
         refusals (`list[list[int]]`, *optional*): Token ids of answers for "alternate", for rows without one.
+        max_length (`int`, *optional*): Prompts are cut so that a refusal behind them is no longer.
     """
 
     def __init__(
-        self, parts: dict[str, list], anchor: str = "forget", seed: int = 0, refusals: list[list[int]] | None = None
+        self,
+        parts: dict[str, list],
+        anchor: str = "forget",
+        seed: int = 0,
+        refusals: list[list[int]] | None = None,
+        max_length: int | None = None,
     ):
         self.parts, self.anchor, self.seed, self.refusals = parts, anchor, seed, refusals
+        self.max_length = max_length
+        self.sampler = EpochSampler(len(self), seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on to the sampler, which loaders do not reach through all that they wrap around it."""
+        self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.parts[self.anchor])
@@ -211,7 +229,8 @@ class PairedDataset(Dataset):
             return row["alternate"]
         asked = next(k for k, label in enumerate(row["labels"]) if label != -100 and k)
         said = self.refusals[_shuffled(self.seed, i, len(self.refusals))[0]]
-        prompt = row["input_ids"][:asked]
+        prompt = row["input_ids"][:asked][: None if self.max_length is None else max(1, self.max_length - len(said))]
+        asked = len(prompt)
         return {"input_ids": prompt + said, "labels": [-100] * asked + said}
 
 
@@ -254,3 +273,29 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if "input_ids" in rows[0]:
         return padded([{k: v for k, v in row.items() if k in ("input_ids", "labels")} for row in rows])
     return {name: padded([row[name] for row in rows]) for name in rows[0]}
+
+
+def refusal_ids(texts: Sequence[str] | None, tokenizer: Any, forget: list) -> list[list[int]]:
+    """Token ids of the refusals, as answers; not needed where every row brings its own."""
+    if all("alternate" in row for row in forget):
+        return [[]]
+    if tokenizer is None:
+        raise ValueError(
+            "The objective teaches other answers: give processing_class=tokenizer for the refusals, or an `alternate` "
+            "in every forget row."
+        )
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [
+        [*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], *end]
+        for text in (REFUSALS if texts is None else texts)
+    ]
+
+
+def evaluation_rows(data: Any, tokenizer: Any, template: str, max_length: int | None) -> Any:
+    """Rows of one or several data sets as a causal model is given them."""
+    if data is None or isinstance(data, str):
+        return data
+    if isinstance(data, dict):
+        return {name: evaluation_rows(rows, tokenizer, template, max_length) for name, rows in data.items()}
+    rows = token_rows("eval_dataset", data, tokenizer, template, max_length)
+    return [{key: row[key] for key in ("input_ids", "labels")} for row in rows]

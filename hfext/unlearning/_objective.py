@@ -73,7 +73,13 @@ class Objective(ABC):
         return {name: n for part, given in batch.items() for name, n in counts_of(part, given["labels"]).items()}
 
     def prepare(self, model: nn.Module, data: Any) -> None:  # noqa: B027 (nothing to do for most)
-        """Before training: may freeze parameters, and look at the rows of each part (`data.parts`)."""
+        """When the Trainer is made: may look at the model, and at the rows of each part (`data.parts`)."""
+
+    def begin(self, model: nn.Module) -> None:  # noqa: B027
+        """When training begins, before the optimizer is made: may freeze parameters."""
+
+    def release(self) -> None:  # noqa: B027
+        """When training has ended, also by an exception: undoes `begin`."""
 
     def finish(self, trainer: Any) -> None:  # noqa: B027
         """After training, before the model is saved for the last time."""

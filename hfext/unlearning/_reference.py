@@ -41,13 +41,21 @@ def is_fresh(model: nn.Module) -> bool:
     names = model.active_adapters
     found = []
     for name, parameter in model.named_parameters():
-        if any(f".{adapter}" in name for adapter in names):
+        if any(part in names for part in name.split(".")):
             if "lora_A" in name or "lora_embedding_A" in name:
                 continue
             if "lora_B" not in name and "lora_embedding_B" not in name:
                 return False
             found.append(not parameter.detach().any())
     return bool(found) and all(found)
+
+
+def moves_base(model: nn.Module) -> bool:
+    """Whether training changes weights that belong to no adapter, such as biases, which disabling does not undo."""
+    names = model.active_adapters
+    return any(
+        p.requires_grad and not any(part in names for part in key.split(".")) for key, p in model.named_parameters()
+    )
 
 
 def chosen_mode(mode: str, model: nn.Module, objective: Objective, given: nn.Module | None) -> str:
@@ -67,7 +75,17 @@ def chosen_mode(mode: str, model: nn.Module, objective: Objective, given: nn.Mod
         return "given"
     likelihoods = set(objective.reference.values()) <= {"nll"}
     if is_peft(model):
+        if ADAPTER in model.peft_config:
+            raise ValueError(f"The model has an adapter called {ADAPTER!r}, a name that is used here: rename it.")
         fresh = is_fresh(model)
+        if moves_base(model):
+            if mode in ("disable", "adapter"):
+                raise ValueError(
+                    f"reference is {mode!r}, but weights outside of the adapter are trained too (bias, or base "
+                    "weights that require gradients): use 'precompute' or 'copy'."
+                )
+            if mode == "auto":
+                return "precompute" if likelihoods else "copy"
         if mode == "disable" and not fresh:
             raise ValueError(
                 "reference is 'disable', but the adapter was trained: without it the model never learnt the forget "
@@ -93,22 +111,43 @@ class Reference:
         self.mode, self.objective = mode, objective
         self.model: nn.Module | None = None
         self.known: dict[str, Tensor] = {}
+        self.adapter: dict[str, Tensor] = {}
+        self.mark = ""
         if mode == "given":
             self.model = given
         elif mode == "copy":
             logger.warning_once("The reference is a second copy of the model: LoRA would need none.")
             self.model = copy.deepcopy(model)
         elif mode == "adapter":
-            add_reference_adapter(model)
+            self.attach(model)
+            self.mark = digest(self.adapter)
         if self.model is not None:
             self.model.eval().requires_grad_(False)
+            self.mark = digest(self.model.state_dict())
+
+    def attach(self, model: nn.Module) -> None:
+        """Give the model its frozen adapter, the one of the first time, unless it has it."""
+        if self.mode != "adapter" or ADAPTER in model.peft_config:
+            return
+        add_reference_adapter(model)
+        own = {key: p for key, p in model.named_parameters() if ADAPTER in key.split(".")}
+        for key, p in own.items():
+            p.data.copy_(self.adapter.get(key, p).to(p.device))
+        self.adapter = {key: p.detach().cpu().clone() for key, p in own.items()}
+
+    def detach(self, model: nn.Module) -> None:
+        """Take it away again."""
+        if self.mode == "adapter" and ADAPTER in model.peft_config:
+            model.delete_adapter(ADAPTER)
 
     def precompute(self, model: nn.Module, data: PairedDataset, batch_size: int, accelerator: Any) -> None:
         """Likelihoods of all rows once, divided among the processes; float32 sums, eval mode."""
-        was = model.training
+        modes = {module: module.training for module in model.modules()}
         model.eval()
+        ids = hashlib.sha256()
         for part in self.objective.reference:
             rows = self._rows(part, data)
+            ids.update(repr([(row["input_ids"], row["labels"]) for row in rows]).encode())
             own = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
             found = torch.zeros(len(rows), device=accelerator.device)
             for start in range(0, len(own), batch_size):
@@ -118,7 +157,9 @@ class Reference:
                 with torch.no_grad(), accelerator.autocast():
                     found[at] = scored(model, {part: batch})[part].nll.float()
             self.known[part] = accelerator.reduce(found, reduction="sum").cpu()
-        model.train(was)
+        self.mark = ids.hexdigest()
+        for module, training in modes.items():
+            module.training = training
 
     def _rows(self, part: str, data: PairedDataset) -> list:
         if part == "alternate":
@@ -144,13 +185,18 @@ class Reference:
         with frozen_view(model, self.mode):
             return self.objective.forward(model, asked)
 
-    def fingerprint(self) -> str:
-        """A digest of the reference's weights, to notice another one after a resume; empty where there are none."""
-        digest = hashlib.sha256()
-        for name, tensor in [] if self.model is None else sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return "" if self.model is None else digest.hexdigest()
+    def about(self) -> dict[str, str]:
+        """Of what kind the reference is, and a digest of its weights or rows, to notice another one after a resume."""
+        return {"mode": self.mode, "fingerprint": self.mark}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 class Known:
@@ -166,23 +212,27 @@ def add_reference_adapter(model: nn.Module) -> None:
     Raises:
         ValueError: Several adapters are active, or one of a kind that cannot be held twice.
     """
+    other = "use reference='precompute' or 'copy', or pass ref_model."
     if len(model.active_adapters) != 1:
-        raise ValueError(f"{len(model.active_adapters)} adapters are active but must be one to be copied.")
+        raise ValueError(f"{len(model.active_adapters)} adapters are active, but only one can be copied: {other}")
     (name,) = model.active_adapters
     config = copy.deepcopy(model.peft_config[name])
     if vars(config).get("target_parameters"):
-        raise ValueError("A LoRA with target_parameters cannot be held twice: pass ref_model= or reference='copy'.")
-    if ADAPTER not in model.peft_config:
-        config.inference_mode = True
-        model.add_adapter(ADAPTER, config)
-        own = dict(model.named_parameters())
-        for key, parameter in own.items():
-            if f".{ADAPTER}." in key or key.endswith(f".{ADAPTER}"):
-                source = own[f".{name}".join(key.rsplit(f".{ADAPTER}", 1))]
-                parameter.data.copy_(source.data)
+        raise ValueError(f"A LoRA with target_parameters cannot be held twice: {other}")
+    if vars(config).get("bias", "none") != "none":
+        raise ValueError(f"A LoRA with bias={config.bias!r} cannot be held twice: {other}")
+    config.inference_mode = True
+    if "init_lora_weights" in vars(config):
+        config.init_lora_weights = False  # others (pissa, olora) would change the base weights
+    model.add_adapter(ADAPTER, config)
+    own = dict(model.named_parameters())
+    for key, parameter in own.items():
+        if ADAPTER in key.split("."):
+            source = own[f".{name}".join(key.rsplit(f".{ADAPTER}", 1))]
+            parameter.data.copy_(source.data)
     model.set_adapter(name)
     for key, parameter in model.named_parameters():
-        if f".{ADAPTER}" in key:
+        if ADAPTER in key.split("."):
             parameter.requires_grad_(False)
 
 

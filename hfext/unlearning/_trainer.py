@@ -9,34 +9,34 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.utils import logging
 
-from ..compat import CheckpointMixin, quantized_weights_only, two_pass_optimizer
+from ..compat import (
+    CheckpointMixin,
+    quantized_weights_only,
+    set_optimizer_mode,
+    train_batch_size,
+    two_pass_optimizer,
+)
 from ..optim._driver import training_step as two_pass_step
 from ..optim.bisam import BiSAM, bisam_rows
 from ._auto_lr import AutoLR, AutoLRConfig
 from ._config import UnlearningConfig
-from ._data import REFUSALS, EpochSampler, PairedDataset, collate, overlap, token_rows
+from ._data import PairedDataset, collate, evaluation_rows, overlap, refusal_ids, token_rows
 from ._objective import PARTS, Objective, TwoGradientObjective, objective
-from ._reference import ADAPTER, Reference, chosen_mode, is_peft
+from ._reference import Reference, chosen_mode, is_peft
+from ._run_callback import RunCallback
 from ._terms import UPDATE, Term
 from ._two_gradients import UNSUPPORTED, Pass, gradient_angles, two_gradient_step
 
 logger = logging.get_logger(__name__)
 STATE = "unlearning_state"
-
-
-class _Finish(TrainerCallback):
-    def __init__(self, trainer: "UnlearningTrainer"):
-        self.trainer = trainer
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.objective.finish(self.trainer)
 
 
 class UnlearningTrainer(CheckpointMixin, Trainer):
@@ -85,7 +85,12 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
             raise TypeError(f"args is {type(args).__name__} but must be an UnlearningConfig.")
         if "train_dataset" in kwargs:
             raise TypeError("UnlearningTrainer takes forget_dataset and retain_dataset in place of train_dataset.")
+        if vars(model.config).get("is_encoder_decoder"):
+            raise NotImplementedError(
+                f"{type(model).__name__} is an encoder-decoder: only causal models are unlearned."
+            )
         self.objective = _objective(objective, args)
+        args.adapt(type(self.objective))
         self.evaluators = list(evaluators)
         self.window: list[dict] = []
         self.window_counts: dict[str, Tensor] = {}
@@ -103,7 +108,7 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
             model=model,
             args=args,
             train_dataset=data,
-            eval_dataset=_evaluation_rows(eval_dataset, processing_class, args),
+            eval_dataset=evaluation_rows(eval_dataset, processing_class, args.template, args.max_length),
             processing_class=processing_class,
             **kwargs,
         )
@@ -118,7 +123,7 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         options = self.objective.config
         if isinstance(options, AutoLRConfig) and options.auto_lr:
             self.add_callback(AutoLR(self, options))
-        self.add_callback(_Finish(self))
+        self.add_callback(RunCallback(self))
         if mode == "precompute":
             self.reference.precompute(self.model, data, args.per_device_eval_batch_size, self.accelerator)
 
@@ -140,20 +145,21 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
             )
         refusals = None
         if "alternate" in needs:
-            refusals = _refusals(args, tokenizer, parts["forget"])
-        return PairedDataset(parts, anchor, args.seed if args.data_seed is None else args.data_seed, refusals)
+            refusals = refusal_ids(args.refusals, tokenizer, parts["forget"])
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return PairedDataset(parts, anchor, seed, refusals, args.max_length)
 
     # ---- data -------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """Pairs of rows, the same for any number of workers and processes and after a resume."""
         args = self.args
-        if args.train_sampling_strategy not in ("random", "sequential"):
+        if args.train_sampling_strategy != "random":
             raise ValueError(f"train_sampling_strategy is {args.train_sampling_strategy!r} but must be 'random'.")
         loader = DataLoader(
             self.train_dataset,
-            batch_size=args.train_batch_size,
-            sampler=EpochSampler(len(self.train_dataset), self.train_dataset.seed),
+            batch_size=train_batch_size(self),
+            sampler=self.train_dataset.sampler,
             collate_fn=self.data_collator,
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
@@ -188,9 +194,13 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         if not any(part in inputs for part in PARTS):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
-            self.objective.epoch, self.objective.epochs = self.state.epoch or 0.0, self.args.num_train_epochs
+            whole = self.state.num_train_epochs if self.args.max_steps > 0 else self.args.num_train_epochs
+            self.objective.epoch, self.objective.epochs = self.state.epoch or 0.0, whole
         now = self.objective.forward(model, inputs)
-        known = {} if self.reference is None else self.reference(self.accelerator.unwrap_model(model), inputs)
+        known = {}
+        if self.reference is not None:
+            with self.accelerator.autocast():
+                known = self.reference(self.accelerator.unwrap_model(model), inputs)
         terms = self.objective.terms(now, known)
         loss = self._weighed(terms, inputs, num_items_in_batch)
         if not torch.isfinite(loss) and self.args.abort_on_nonfinite:
@@ -211,8 +221,7 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         if term.per == UPDATE:
             return term.total / steps
         if counts is None or self.args.loss_normalization == "micro":
-            own = self.objective.counts(inputs)[term.per].to(term.total.device)
-            return term.total / own.clamp(min=1) / steps
+            return self._own_mean(term, inputs) / steps
         return term.total * self.accelerator.num_processes / counts[term.per].to(term.total).clamp(min=1)
 
     def _first_objective(self, trainer, model, inputs, outputs, num_items) -> Tensor:
@@ -246,13 +255,16 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def train(self, *args, **kwargs):
+        if self.reference is not None:
+            self.reference.attach(self.model)
+        self.objective.begin(self.model)
         try:
             return super().train(*args, **kwargs)
         finally:
             self.gradient_pass, self.window = None, []
-            if self.reference is not None and self.reference.mode == "adapter":
-                self.model.delete_adapter(ADAPTER)
-                self.reference = None
+            self.objective.release()
+            if self.reference is not None:
+                self.reference.detach(self.model)
 
     # ---- what is logged and saved -----------------------------------------------------------------------------
 
@@ -271,7 +283,14 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         step = self.state.global_step + 1
         logged = self.args.log_gradients and step % max(int(self.args.logging_steps), 1) == 0
         if logged and self.accelerator.sync_gradients and not isinstance(self.objective, TwoGradientObjective):
-            self.note(gradient_angles(model, {name: mean for name, mean in means.items() if mean.requires_grad}))
+            own = {name: self._own_mean(term, inputs) for name, term in terms.items()}
+            self.note(gradient_angles(model, {name: mean for name, mean in own.items() if mean.requires_grad}))
+
+    def _own_mean(self, term: Term, inputs: Any) -> Tensor:
+        """A term over the items of this micro-batch alone."""
+        if term.per == UPDATE:
+            return term.total
+        return term.total / self.objective.counts(inputs)[term.per].to(term.total.device).clamp(min=1)
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs and self._metrics:
@@ -284,24 +303,21 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         return super().log(logs, *args, **kwargs)
 
     _noted_until = 0
-    _found: tuple[dict[str, float], int] | None = None
+    _found: dict[str, float] | None = None
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """What the evaluators say, and the stock evaluation where there are rows for it, in one log and one result."""
         if self._found is not None:  # one of several data sets
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        found = {}
-        for evaluator in self.evaluators:
-            for name, value in evaluator(self.accelerator.unwrap_model(self.model), self.processing_class).items():
-                if isinstance(value, int | float):
-                    found[f"{metric_key_prefix}_{name}"] = value
+        found = {f"{metric_key_prefix}_{name}": value for name, value in self._asked().items()}
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
             self.log(dict(found))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
             return found
-        rows = None if eval_dataset is None else _evaluation_rows(eval_dataset, self.processing_class, self.args)
-        self._found = found, len(data) if isinstance(data, dict) else 1
+        args = self.args
+        rows = evaluation_rows(eval_dataset, self.processing_class, args.template, args.max_length)
+        self._found = found
         try:
             return super().evaluate(rows, ignore_keys, metric_key_prefix) | found
         finally:
@@ -309,17 +325,32 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
-        if self._found is not None:
-            found, left = self._found
-            self._found = found, left - 1
-            if left == 1:  # callbacks see everything together
-                output.metrics.update(found)
+        output.metrics.update(self._found or {})  # callbacks see everything together
         return output
+
+    def _asked(self) -> dict[str, float]:
+        """The numbers of every evaluator, from the weights that are saved, in eval mode."""
+        model = self.accelerator.unwrap_model(self.model)
+        modes = {module: module.training for module in model.modules()}
+        if self.optimizer is not None:
+            set_optimizer_mode(self.optimizer, train=False)
+        model.eval()
+        try:
+            found = {}
+            for evaluator in self.evaluators:
+                for name, value in evaluator(model, self.processing_class).items():
+                    single = isinstance(value, int | float) or (isinstance(value, Tensor | np.generic) and value.size)
+                    if single and not (isinstance(value, Tensor) and value.numel() != 1):
+                        found[name] = float(value)
+            return found
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
     def save_more(self, folder):
         super().save_more(folder)
         if self.reference is not None and self.args.should_save:
-            about = {"fingerprint": self.reference.fingerprint(), "mode": self.reference.mode}
+            about = self.reference.about()
             path = os.path.join(folder, f"{STATE}.safetensors")
             save_file(dict(self.reference.known), f"{path}.partial", metadata={"hfext": json.dumps(about)})
             os.replace(f"{path}.partial", path)
@@ -329,11 +360,9 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         path = os.path.join(folder, f"{STATE}.safetensors")
         if self.reference is None or not os.path.isfile(path):
             return
-        known, about = load_file(path), _about(path)
-        mine = self.reference.known
-        if about["fingerprint"] != self.reference.fingerprint() or {k: v.shape for k, v in known.items()} != {
-            k: v.shape for k, v in mine.items()
-        }:
+        known = load_file(path)
+        sizes = [{part: len(x) for part, x in values.items()} for values in (known, self.reference.known)]
+        if _about(path) != self.reference.about() or sizes[0] != sizes[1]:
             raise ValueError(
                 f"The reference of the checkpoint {folder} is another one: give UnlearningTrainer the model and rows "
                 "that the run began with, and then resume_from_checkpoint."
@@ -363,26 +392,3 @@ def _refuse_quantised(model: nn.Module, objective: Objective) -> None:
             f"{type(objective).__name__} follows gradients of the weights, but the model's are quantised or frozen. "
             "Add an adapter (peft.get_peft_model), or load it without quantization_config."
         )
-
-
-def _refusals(args: UnlearningConfig, tokenizer: Any, forget: list) -> list[list[int]]:
-    """Token ids of the refusals, as answers; not needed where every row brings its own."""
-    if all("alternate" in row for row in forget):
-        return [[]]
-    if tokenizer is None:
-        raise ValueError(
-            "The objective teaches other answers: give processing_class=tokenizer for the refusals, or an `alternate` "
-            "in every forget row."
-        )
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = REFUSALS if args.refusals is None else args.refusals
-    return [[*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], *end] for text in texts]
-
-
-def _evaluation_rows(data: Any, tokenizer: Any, args: UnlearningConfig) -> Any:
-    if data is None or isinstance(data, str):
-        return data
-    if isinstance(data, dict):
-        return {name: _evaluation_rows(rows, tokenizer, args) for name, rows in data.items()}
-    rows = token_rows("eval_dataset", data, tokenizer, args.template, args.max_length)
-    return [{key: row[key] for key in ("input_ids", "labels")} for row in rows]

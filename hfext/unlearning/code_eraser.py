@@ -57,15 +57,22 @@ class CodeEraser(Objective):
         self.needs = ("forget", "retain") if part == "retain" and c.lam else ("forget",)
         self.reference = {part: "outputs"} if c.lam else {}
 
+    def prepare(self, model, data):
+        rows = data.parts["forget"]
+        if not any("segment_mask" in row for row in rows):
+            raise ValueError("code_eraser: no forget row has `segments` (character spans) or `segment_mask`.")
+        for row in rows:
+            row.setdefault("segment_mask", [0] * len(row["input_ids"]))
+
     def counts(self, batch):
         found = super().counts(batch)
-        segment = marked(_with_mask(batch["forget"])).sum()
+        segment = marked(batch["forget"]).sum()
         return {**found, "segment tokens": segment, "context tokens": found["forget tokens"] - segment}
 
     def forward(self, model, batch, **kwargs):
         now = super().forward(model, batch, **kwargs)
         if "forget" in now:
-            now["forget"].segment = marked(_with_mask(batch["forget"])).to(now["forget"].labels.device)
+            now["forget"].segment = marked(batch["forget"]).to(now["forget"].labels.device)
         return now
 
     def with_row_loss(self, now, of_tokens):
@@ -89,12 +96,6 @@ class CodeEraser(Objective):
             per = {"retain": "retain tokens", "segment": "segment tokens", "context": "context tokens"}[c.kl_on]
             found["kl"] = Term(divergence.sum(), per, c.lam)
         return found
-
-
-def _with_mask(part):
-    if "segment_mask" not in part:
-        raise ValueError("code_eraser: forget rows have neither `segments` (character spans) nor `segment_mask`.")
-    return part
 
 
 METHOD = Method(

@@ -20,7 +20,7 @@ class LossNormConfig(AutoLRConfig):
 
     Args:
         auto_lr: Off, so that the ablation is of the direction alone.
-        eps: Added to both losses, >= 0.
+        eps: Added to both losses, > 0.
     """
 
     auto_lr: bool = False
@@ -28,7 +28,7 @@ class LossNormConfig(AutoLRConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "eps", self.eps >= 0, ">= 0")
+        check(self, "eps", self.eps > 0, "> 0")
 
 
 class LossNorm(TwoGradientObjective):

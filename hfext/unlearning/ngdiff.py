@@ -27,7 +27,7 @@ class NGDiffConfig(AutoLRConfig):
     """Options of [`NGDiff`], beside those of [`AutoLRConfig`].
 
     Args:
-        eps: Added to both norms, >= 0.
+        eps: Added to both norms, > 0.
         scope: `global`, or `tensor` for norms of each tensor by itself, which is not the paper's method.
         forget_loss_cap: Forget loss, in nats a token, beyond which the forget gradient is left out; the loss has no
             upper bound. Not in the paper; `None` is off.
@@ -39,7 +39,7 @@ class NGDiffConfig(AutoLRConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "eps", self.eps >= 0, ">= 0")
+        check(self, "eps", self.eps > 0, "> 0")
         check(self, "scope", self.scope in ("global", "tensor"), "'global' or 'tensor'")
         check(self, "forget_loss_cap", self.forget_loss_cap is None or self.forget_loss_cap > 0, "None or > 0")
 

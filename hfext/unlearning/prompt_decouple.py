@@ -34,8 +34,12 @@ class PromptDecoupleConfig:
 
     def __post_init__(self):
         finite(self, "lam")
-        if isinstance(objective(self.base, self.base_args), TwoGradientObjective):
-            raise ValueError(f"PromptDecoupleConfig: base is {self.base!r}, which has two gradients: use 'grad_diff'.")
+        two = isinstance(objective(self.base, self.base_args), TwoGradientObjective)
+        if two or self.base in ("rmu", "dmm", "task_vector", "prompt_decouple"):
+            raise ValueError(
+                f"PromptDecoupleConfig: base is {self.base!r}, to which no likelihood can be added: it "
+                "has two gradients, looks at no likelihood, or is negated. Use 'grad_diff'."
+            )
 
 
 class PromptDecouple(Objective):
@@ -51,6 +55,12 @@ class PromptDecouple(Objective):
 
     def prepare(self, model, data):
         self.base.prepare(model, data)
+
+    def begin(self, model):
+        self.base.begin(model)
+
+    def release(self):
+        self.base.release()
 
     def forward(self, model, batch, **kwargs):
         return self.base.forward(model, batch, **kwargs)

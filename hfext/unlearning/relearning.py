@@ -90,6 +90,8 @@ def attack(
 
     try:
         copied = copy.deepcopy(model)
+        if not any(p.requires_grad for p in copied.parameters()):
+            copied.requires_grad_(True)
         found.append(measure(copied))
         if config.steps[-1] == 0:
             return found

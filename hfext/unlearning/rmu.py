@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..registry import Method, Result
 from ._down_projections import down_projections
 from ._objective import Objective, check, finite, joined
+from ._reference import is_peft
 from ._terms import rows
 
 
@@ -36,6 +37,7 @@ class RMUConfig:
         c: Length of the state that forget tokens are sent to, >= 0.
         gamma, alpha: Weights of the forget and the retain loss, >= 0.
         parameters: Regular expression of the parameters to train, in place of the three down projections.
+        module: Regular expression of one linear layer of each block, where the down projection is not found.
         seed: Of the direction.
     """
 
@@ -44,6 +46,7 @@ class RMUConfig:
     gamma: float = 1.0
     alpha: float = 1200.0
     parameters: str | None = None
+    module: str | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -104,27 +107,25 @@ class RMU(Objective):
 
     def prepare(self, model, data):
         c = self.config
-        found = down_projections(model)
+        found = down_projections(model, c.module)
         check(c, "layer", c.layer < len(found), f"below {len(found)}, the number of blocks")
         # ("model.layers", "7") from "model.layers.7.mlp.down_proj"
         self.blocks = re.match(rf"(.*?)\.{found[c.layer].layer}\.", found[c.layer].name).group(1)
         self.target = c.c * direction(model.config.get_text_config().hidden_size, c.seed)
-        self.kept = {p: p.requires_grad for p in model.parameters()}
-        if self._has_adapters(model):
-            return
         names = {p.weight for p in found[max(0, c.layer - 2) : c.layer + 1]}
         chosen = {n for n, _ in model.named_parameters() if c.parameters and re.search(c.parameters, n)}
         chosen = chosen if c.parameters else names
         if not chosen:
             raise ValueError(f"RMUConfig: parameters is {c.parameters!r} but must match at least one parameter.")
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in chosen)
+        self.chosen = chosen
 
-    @staticmethod
-    def _has_adapters(model: nn.Module) -> bool:
-        return type(model).__module__.startswith("peft.")
+    def begin(self, model):
+        self.kept = {p: p.requires_grad for p in model.parameters()}
+        if not is_peft(model):  # adapters are trained as they are
+            for name, p in model.named_parameters():
+                p.requires_grad_(name in self.chosen)
 
-    def finish(self, trainer):
+    def release(self):
         for p, wanted in self.kept.items():
             p.requires_grad_(wanted)
 
@@ -132,7 +133,9 @@ class RMU(Objective):
         ids, attention, split = joined(batch)
         plain = extract_model_from_parallel(model)
         short = "logits_to_keep" in inspect.signature(plain.forward).parameters
-        with ending_at(plain.get_submodule(self.blocks), self.config.layer) as seen:
+        # A reference without adapters has other names.
+        path = self.blocks if is_peft(plain) else self.blocks.removeprefix("base_model.model.")
+        with ending_at(plain.get_submodule(path), self.config.layer) as seen:
             model(input_ids=ids, attention_mask=attention, use_cache=False, **({"logits_to_keep": 1} if short else {}))
         return {
             part: States(h[:, : batch[part]["labels"].shape[1]], batch[part]["labels"].to(h.device) != -100)

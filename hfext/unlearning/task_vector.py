@@ -137,6 +137,12 @@ class TaskVector(Objective):
                 "task_vector needs a fresh adapter: scaling one that was trained negates all that it has learnt. "
                 "Merge it, and add a new one."
             )
+        others = [name for name in self.start if lora and ".lora_" not in name]
+        if others or any("magnitude" in name for name in self.start):
+            raise NotImplementedError(
+                f"{others[0] if others else 'DoRA'} is trained beside LoRA's A and B, which scaling does not negate: "
+                "train a plain LoRA, or the whole model."
+            )
         self.adapter = lora
 
     def terms(self, now, reference):

@@ -49,5 +49,7 @@ def test_everything_marked_is_gradient_ascent_and_nothing_marked_is_fine_tuning(
 def test_rows_without_segments_are_context_and_none_at_all_is_an_error(tmp_path):
     mixed = [*FORGET[:4], *rows(4, 7)]
     trainer("code_eraser", tmp_path, forget=mixed).train()
-    with pytest.raises(ValueError, match="neither `segments`"):
+    bare = {**rows(1, 9)[0], "segment_mask": None}
+    trainer("code_eraser", tmp_path, forget=[FORGET[0], bare], per_device_train_batch_size=1).train()
+    with pytest.raises(ValueError, match="no forget row has `segments`"):
         trainer("code_eraser", tmp_path, forget=rows(8, 7)).train()

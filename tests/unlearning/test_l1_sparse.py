@@ -30,6 +30,16 @@ def test_weights_shrink_with_the_penalty_and_forget_rows_are_not_seen(tmp_path):
     assert made.train_dataset.anchor == "retain" and len(made.train_dataset) == len(RETAIN)
 
 
+@pytest.mark.parametrize("options", [{"num_train_epochs": 4}, {"num_train_epochs": 9, "max_steps": 16}])
+def test_the_weight_fades_in_the_trainer(options, tmp_path):
+    """13 retain rows are 4 updates an epoch; 16 updates are 4 epochs, whatever num_train_epochs says."""
+    made = trainer("l1_sparse", tmp_path, objective_args={"gamma": 1e-3}, learning_rate=1e-12, **options)
+    made.train()
+    entries = [h for h in made.state.log_history if "loss" in h]
+    seen = [(h["loss"] - h["unlearn/retain_loss"]) / h["unlearn/l1_loss"] for h in entries]
+    assert seen == pytest.approx([1e-3 * (1 - e / 4) for e in range(4) for _ in range(4)], rel=1e-3)
+
+
 def test_some_parameters_can_be_left_out():
     model = llama()
     made = L1Sparse(exclude="embed|norm|lm_head")

@@ -66,6 +66,11 @@ def test_what_was_only_hidden_comes_back_faster():
     assert found["target"] > found["unlearned"][0] and found["recovered"][0] == 0
 
 
+def test_a_frozen_model_can_be_attacked():
+    found = relearning(llama().requires_grad_(False), FORGET, **FAST)
+    assert len(set(found["unlearned"])) == 3
+
+
 def test_bad_input_is_named():
     for options, problem in (
         ({"share": 1.0}, "share is 1.0"),

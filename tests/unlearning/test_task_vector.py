@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import unlearning_cases as cases
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -96,3 +97,45 @@ def test_adapters_that_cannot_be_scaled(tiny_llama):
     merged.merge_adapter()
     with pytest.raises(ValueError, match="unmerge it first"):
         task_vector(merged, "default")
+
+
+# ---- the objective ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, -1.0, 0.0])
+def test_the_trainer_negates_what_it_trained(alpha, tmp_path):
+    start = cases.flat(cases.llama())
+    reinforced = cases.run("task_vector", tmp_path, objective_args={"alpha": -1.0})
+    plain = cases.run("l1_sparse", tmp_path, retain=cases.FORGET, objective_args={"gamma": 0.0})
+    torch.testing.assert_close(reinforced, plain, rtol=0, atol=1e-6)
+    found = cases.run("task_vector", tmp_path, objective_args={"alpha": alpha})
+    torch.testing.assert_close(found, start - alpha * (reinforced - start), rtol=0, atol=1e-6)
+
+
+def test_the_trainer_negates_a_fresh_adapter_and_refuses_others(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def lora(**options):
+        torch.manual_seed(0)
+        settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+        return get_peft_model(cases.llama(), settings)
+
+    found = {}
+    for alpha in (-1.0, 0.5):
+        model = lora()
+        cases.trainer("task_vector", tmp_path, model=model, objective_args={"alpha": alpha}, learning_rate=0.5).train()
+        found[alpha] = model.merge_and_unload().state_dict()
+    base = cases.llama().state_dict()
+    for name, value in base.items():
+        wanted = value - 0.5 * (found[-1.0][name] - value)
+        torch.testing.assert_close(found[0.5][name], wanted, rtol=0, atol=1e-6)
+    assert any(not torch.equal(found[-1.0][name], value) for name, value in base.items())
+    for options in ({"modules_to_save": ["lm_head"]}, {"use_dora": True}):
+        with pytest.raises(NotImplementedError, match="beside LoRA's A and B"):
+            cases.trainer("task_vector", tmp_path, model=lora(**options))
+    trained = lora()
+    for key, p in trained.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(p, std=0.1)
+    with pytest.raises(ValueError, match="needs a fresh adapter"):
+        cases.trainer("task_vector", tmp_path, model=trained)

@@ -9,13 +9,31 @@ import pytest
 import torch
 import transformers
 from processes import run_two
-from unlearning_cases import DECOUPLE, FORGET, OBJECTIVES, RETAIN, flat, llama, rows, run, text_tokenizer, trainer
+from unlearning_cases import (
+    DECOUPLE,
+    FORGET,
+    OBJECTIVES,
+    RETAIN,
+    flat,
+    gradient_of,
+    llama,
+    nll_sums,
+    rows,
+    run,
+    text_tokenizer,
+    trainer,
+)
 
 from hfext.unlearning import UnlearningConfig, UnlearningTrainer
 from hfext.unlearning._data import EpochSampler, PairedDataset, collate
 from hfext.unlearning._objective import TwoGradientObjective, objectives
 
 each_objective = pytest.mark.parametrize("name", OBJECTIVES)
+# One of each kind in the default run: two gradients, a precomputed reference, states in place of logits.
+KINDS = ("ngdiff", "npo", "rmu")
+each_kind = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in OBJECTIVES]
+)
 
 
 def distance(a, b, start):
@@ -185,7 +203,7 @@ def test_the_sampler_shuffles_and_carries_the_epoch():
     assert [p - 16 for p in later] != first
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_workers_change_nothing(workers, tmp_path):
     one = run("grad_diff", tmp_path)
     several = run("grad_diff", tmp_path, dataloader_num_workers=workers, dataloader_persistent_workers=True)
@@ -201,7 +219,7 @@ def test_padding_does_not_depend_on_the_padding_token():
     assert batch["forget"]["labels"].tolist() == [[-100, 6, 2], [7, -100, -100]]
 
 
-@each_objective
+@each_kind
 def test_padding_changes_nothing(name, tmp_path):
     """A batch with one long row of another part gives the same as without its padding: rows one by one."""
     long = rows(1, 9, longest=30)
@@ -374,7 +392,7 @@ def test_gradient_checkpointing_with_adapters(tmp_path):
     torch.testing.assert_close(plain, other, rtol=0, atol=1e-6)
 
 
-@each_objective
+@each_kind
 def test_half_precision(name, tmp_path):
     made = trainer(name, tmp_path, model=llama().to(torch.bfloat16))
     before = flat(made.model)
@@ -480,7 +498,7 @@ def test_settings_survive_json(tmp_path):
 
 
 def test_a_loss_without_bound_ends_the_run(tmp_path):
-    with pytest.raises(RuntimeError, match="The loss is .* in update"):
+    with pytest.raises(RuntimeError, match="The (loss|gradient) is .* in update"):
         run("grad_ascent", tmp_path, learning_rate=1e6, num_train_epochs=20, max_grad_norm=0.0)
 
 
@@ -530,3 +548,271 @@ def test_an_exception_in_a_step_leaves_no_half_update(tmp_path):
 def test_the_stock_trainer_is_untouched():
     assert not issubclass(TwoGradientObjective, transformers.Trainer)
     assert copy.copy(DECOUPLE) == rows(5, 3)
+
+
+# ---- what a review found ------------------------------------------------------------------------------------------
+
+TWO_RESUME = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+from unlearning_cases import RETAIN, flat, trainer
+same = []
+for name, more in (("grad_diff", {{}}), ("ngdiff", {{"objective_args": {{"lr_interval": 1}}}})):
+    options = dict(per_device_train_batch_size=2, save_strategy="steps", save_steps=1, retain=RETAIN[:12], **more)
+    straight = trainer(name, {folder!r} + "/" + name, **options)
+    straight.train()
+    again = trainer(name, {folder!r} + "/again", **options)
+    again.train(resume_from_checkpoint={folder!r} + "/" + name + "/checkpoint-3")
+    weights = [flat(t.accelerator.unwrap_model(t.model)) for t in (straight, again)]
+    same.append((name, torch.equal(*weights), straight.state.max_steps, straight.state.log_history))
+if straight.is_world_process_zero():
+    torch.save((same, weights[0]), {folder!r} + "/same.pt")
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_resume_in_the_second_epoch_and_choose_one_rate(tmp_path):
+    here = Path(__file__).resolve()
+    run_two(TWO_RESUME.format(tests=str(here.parents[1]), root=str(here.parents[2]), folder=str(tmp_path)))
+    same, weights = torch.load(tmp_path / "same.pt")
+    assert [(name, equal, steps) for name, equal, steps, _ in same] == [("grad_diff", True, 4), ("ngdiff", True, 4)]
+    one = trainer("ngdiff", tmp_path, retain=RETAIN[:12], objective_args={"lr_interval": 1})
+    one.train()
+    # Curvatures are differences of nearly equal losses, in which the order of sums shows.
+    rates = [[h["learning_rate"] for h in log if "learning_rate" in h] for log in (same[1][3], one.state.log_history)]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-2) and distance(weights, flat(one.model), flat(llama())) < 1e-2
+
+
+def test_a_look_uses_all_of_the_update_in_eval_mode_and_leaves_no_trace(tmp_path):
+    """With dropout; the split into micro-batches changes neither the rate nor what is drawn afterwards."""
+    seen = {}
+
+    def run_with(interval, batch, accumulation):
+        model = llama(attention_dropout=0.5)
+        made = trainer("ngdiff", tmp_path, model=model, objective_args={"lr_interval": interval}, max_steps=2,
+                       per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)  # fmt: skip
+        model.model.layers[0].eval()
+        original = made.create_optimizer
+
+        def watched(*args, **kwargs):
+            optimizer = original(*args, **kwargs)
+            step = optimizer.step
+
+            def noted(*a, **k):
+                seen.setdefault("training", []).append(model.model.layers[1].training)
+                return step(*a, **k)
+
+            optimizer.step = noted
+            return optimizer
+
+        made.create_optimizer = watched
+        made.train()
+        return made, torch.rand(1)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        looked, after = run_with(1, 4, 1)
+        torch.manual_seed(0)
+        _, plain = run_with(99, 4, 1)
+        assert torch.equal(after, plain)
+    assert looked.model.model.layers[1].training
+    rates = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        made = trainer("ngdiff", tmp_path, objective_args={"lr_interval": 1}, per_device_train_batch_size=batch,
+                       gradient_accumulation_steps=accumulation)  # fmt: skip
+        made.train()
+        rates.append([h["learning_rate"] for h in made.state.log_history if "learning_rate" in h])
+    assert rates[0] == pytest.approx(rates[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["precompute", "copy", "disable", "adapter"])
+def test_references_know_no_dropout(kind, tmp_path):
+    model = llama(attention_dropout=0.5)
+    if kind in ("disable", "adapter"):
+        model = lora(model, trained=kind == "adapter")
+    model.train()
+    modes = [m.training for m in model.modules()]
+    made = trainer("npo", tmp_path, model=model, reference=kind)
+    assert [m.training for m in model.modules()][: len(modes)] == modes or kind == "adapter"
+    batch = collate([made.train_dataset[i] for i in range(4)])
+    model.eval()
+    with torch.no_grad():
+        wanted = made.objective.forward(model, {"forget": batch["forget"]})["forget"].nll
+    model.train()
+    torch.testing.assert_close(made.reference(model, batch)["forget"].nll, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_outside_of_the_adapter_may_not_move_the_reference(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def biased(**options):
+        settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", bias="all")
+        return get_peft_model(llama(attention_bias=True), settings)
+
+    assert trainer("npo", tmp_path, model=biased()).reference.mode == "precompute"
+    assert trainer("kl_min", tmp_path, model=biased()).reference.mode == "copy"
+    with pytest.raises(ValueError, match="weights outside of the adapter are trained too"):
+        trainer("npo", tmp_path, model=biased(), reference="disable")
+
+
+@pytest.mark.parametrize("init", ["olora", "gaussian"])
+def test_making_a_trainer_changes_nothing(init, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init)
+    model = get_peft_model(llama(), settings).eval()
+    for key, p in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(p, std=0.1)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model(ids).logits
+    made = trainer("npo", tmp_path, model=model)
+    assert made.reference.mode == "adapter" and torch.equal(model.eval()(ids).logits, before)
+    made.train()
+    made.train()  # the copy is there again
+    assert list(model.peft_config) == ["default"]
+
+
+def test_an_adapter_of_our_name_is_refused(tmp_path):
+    model = lora(llama(), trained=True)
+    model.add_adapter("reference", model.peft_config["default"])
+    with pytest.raises(ValueError, match="an adapter called 'reference'"):
+        trainer("npo", tmp_path, model=model)
+
+
+def test_a_resume_with_the_half_unlearned_model_is_refused(tmp_path):
+    from peft import PeftModel
+
+    options = dict(save_strategy="steps", save_steps=1, optim="adamw_torch", learning_rate=1e-2)
+    trainer("npo", tmp_path, model=lora(llama()), **options).train()
+    folder = str(tmp_path / "checkpoint-2")
+    half = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
+    with pytest.raises(ValueError, match="The reference of the checkpoint"):
+        trainer("npo", tmp_path, model=half, **options).train(resume_from_checkpoint=folder)
+    trainer("npo", tmp_path / "x", **options).train()
+    other = trainer("npo", tmp_path / "x", forget=FORGET[::-1], **options)
+    with pytest.raises(ValueError, match="The reference of the checkpoint"):
+        other.train(resume_from_checkpoint=str(tmp_path / "x" / "checkpoint-2"))
+
+
+def test_a_copy_runs_in_the_precision_of_the_model(tmp_path):
+    model = llama(hidden_size=64, initializer_range=0.3)
+    made = trainer("kl_min", tmp_path, model=model, bf16=True, learning_rate=1e-12, num_train_epochs=1)
+    made.train()
+    assert [h["unlearn/retain_loss"] for h in made.state.log_history if "loss" in h] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_an_objective_object_decides_on_clipping(tmp_path):
+    from hfext.unlearning.ngdiff import NGDiff
+    from hfext.unlearning.npo import NPO
+
+    for name, given, wanted in (("ngdiff", NPO(), 1.0), ("npo", NGDiff(), 0.0)):
+        args = UnlearningConfig(str(tmp_path), objective=name, use_cpu=True)
+        assert UnlearningTrainer(llama(), args, FORGET, RETAIN, objective=given).args.max_grad_norm == wanted
+        args = UnlearningConfig(str(tmp_path), objective=name, use_cpu=True, max_grad_norm=0.3)
+        assert UnlearningTrainer(llama(), args, FORGET, RETAIN, objective=given).args.max_grad_norm == 0.3
+
+
+def test_logs_after_a_resume_are_means(tmp_path):
+    options = dict(save_strategy="steps", save_steps=1)
+    straight = trainer("grad_diff", tmp_path, **options)
+    straight.train()
+    again = trainer("grad_diff", tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    key = "unlearn/forget_loss"
+    logs = [[h[key] for h in t.state.log_history if key in h] for t in (straight, again)]
+    assert logs[1][-2:] == pytest.approx(logs[0][-2:], rel=1e-6)
+    again.train()
+    assert [h[key] for h in again.state.log_history if key in h][-1] == pytest.approx(logs[0][-1], rel=0.1)
+
+
+def test_padded_rows_are_unpadded(tmp_path):
+    pad = [{"input_ids": [0, 0, *r["input_ids"]], "labels": [-100, -100, *r["labels"]],
+            "attention_mask": [0, 0, *[1] * len(r["input_ids"])]} for r in FORGET]  # fmt: skip
+    assert torch.equal(run("grad_diff", tmp_path, forget=pad), run("grad_diff", tmp_path))
+
+
+def test_micro_denominators_are_those_of_the_micro_batch(tmp_path):
+    options = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1, learning_rate=1.0)
+    model = llama().double()
+    before = flat(model)
+    made = trainer("grad_ascent", tmp_path, model=model, loss_normalization="micro", max_grad_norm=0.0, **options)
+    pairs = [made.train_dataset[p]["forget"] for p in list(made.train_dataset.sampler)[:4]]
+    made.train()
+    fresh = llama().double()
+    sums, counts = nll_sums(fresh, pairs)
+    torch.testing.assert_close(before - flat(model), gradient_of(-(sums / counts).mean(), fresh), rtol=0, atol=1e-9)
+
+
+def test_likelihoods_are_float32_in_half_precision():
+    from hfext.unlearning._terms import Scored
+
+    logits = torch.randn(2, 5, 64).bfloat16()
+    labels = torch.randint(0, 64, (2, 5))
+    found = Scored(logits, labels).token_nll
+    exact = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="none")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.flatten().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_long_rows_are_cut_at_the_end(tokenizer):
+    from hfext.unlearning._data import token_row, tokenize
+
+    whole = token_row(QA[0], tokenizer)
+    cut = token_row(QA[0], tokenizer, max_length=len(whole["input_ids"]) - 3)
+    assert cut["input_ids"] == whole["input_ids"][:-3] and cut["labels"] == whole["labels"][:-3]
+    assert tokenize(QA, tokenizer)[0] == whole
+    data = PairedDataset({"forget": [whole]}, refusals=[[3, 4, 5]], max_length=10)
+    assert len(data.alternate(0)["input_ids"]) == 10 and data.alternate(0)["labels"][-3:] == [3, 4, 5]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
+    for name in ("grad_diff", "ngdiff"):
+        model = llama()
+        model.model.norm.weight.register_hook(lambda g: g * float("inf"))
+        before = flat(model)
+        with pytest.raises(RuntimeError, match="The gradient is not finite in update 1"):
+            trainer(name, tmp_path, model=model).train()
+        assert torch.equal(flat(model), before)
+
+
+def test_evaluators_see_the_weights_that_are_saved(tmp_path):
+    seen = []
+
+    def evaluator(model, processing_class):
+        seen.append((model.training, flat(model)))
+        return {"one": torch.tensor(2.0), "two": torch.ones(2).numpy().mean(), "text": "x", "many": torch.ones(2)}
+
+    made = trainer("grad_diff", tmp_path, optim="schedule_free_adamw", learning_rate=1e-2, save_strategy="epoch",
+                   eval_strategy="epoch", eval_dataset={"a": RETAIN, "b": FORGET}, evaluators=[evaluator])  # fmt: skip
+    made.train()
+    assert not any(training for training, _ in seen)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    torch.testing.assert_close(seen[0][1], flat(saved), rtol=0, atol=1e-7)
+    entries = [h for h in made.state.log_history if "eval_a_loss" in h or "eval_b_loss" in h]
+    assert all(h["eval_one"] == 2.0 and h["eval_two"] == 1.0 for h in entries)
+    assert not any("eval_many" in h or "eval_text" in h for h in entries)
+
+
+def test_other_wrong_input(tmp_path):
+    with pytest.raises(TypeError, match="must have a length and rows by number"):
+        trainer("grad_diff", tmp_path, forget=iter(FORGET))
+    with pytest.raises(ValueError, match="label_smoothing_factor is 0.1"):
+        trainer("grad_diff", tmp_path, label_smoothing_factor=0.1)
+    t5 = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(NotImplementedError, match="encoder-decoder"):
+        trainer("grad_diff", tmp_path, model=transformers.T5ForConditionalGeneration(t5))
+    for base in ("rmu", "dmm", "task_vector", "prompt_decouple"):
+        with pytest.raises(ValueError, match="to which no likelihood can be added|targets is None"):
+            trainer("prompt_decouple", tmp_path, objective_args={"base": base})
+
+
+def test_frozen_parameters_are_free_again_after_a_crash(tmp_path):
+    model = llama()
+    made = trainer("rmu", tmp_path, model=model)
+    trainer("rmu", tmp_path, model=model)
+    made.compute_loss = None
+    with pytest.raises(TypeError):
+        made.train()
+    assert all(p.requires_grad for p in model.parameters())

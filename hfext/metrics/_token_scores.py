@@ -88,15 +88,20 @@ def modified_renyi(log_p: Tensor, target: Tensor, order: float, clamp: float = 1
     """M_a [...] of log-probabilities [..., V] for targets [...]."""
     log_p = _clamped(log_p, clamp)
     p, at = log_p.exp(), target[..., None]
-    p_y = p.gather(-1, at)[..., 0]
-    log_rest = torch.log1p(-p).clamp(min=torch.finfo(p.dtype).min)
+    log_rest = torch.log1p(-p)
+    if not clamp:
+        # 1 - p of the likeliest token is lost where p rounds to 1: it is what the others have together.
+        top = log_p.argmax(-1, keepdim=True)
+        log_rest = log_rest.scatter(-1, top, log_p.scatter(-1, top, -math.inf).logsumexp(-1, keepdim=True))
+    log_rest = log_rest.clamp(min=torch.finfo(p.dtype).min)
+    rest_y = log_rest.gather(-1, at)[..., 0].exp()
     if order == 1:
         terms = p * log_rest
-        own = (1 - p_y) * log_p.gather(-1, at)[..., 0]
+        own = rest_y * log_p.gather(-1, at)[..., 0]
         return -own - (terms.sum(-1) - terms.gather(-1, at)[..., 0])
     b = abs(1 - order)
     terms = p * torch.expm1(b * log_rest)
-    own = (1 - p_y) * torch.expm1(b * log_p.gather(-1, at)[..., 0])
+    own = rest_y * torch.expm1(b * log_p.gather(-1, at)[..., 0])
     return -(own + terms.sum(-1) - terms.gather(-1, at)[..., 0]) / b
 
 

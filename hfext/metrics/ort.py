@@ -17,6 +17,7 @@ LLM Unlearning Should Be Form-Independent, arXiv 2506.07795: built from the abst
 """
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,14 @@ from ._rouge import check_pairs, rouge_l, words
 
 NAMES = ("question", "paraphrase", "cloze", "multiple_choice")
 _LETTERS = "ABCDEFGHIJ"
+# What may stand before a letter; the letter, no part of a word and not one of several; behind A and I, which are words
+# too, a mark, "is" or the end of the line.
+_CHOICE = re.compile(
+    r"[\W_]*(?:(?:the|my|correct|right|best|final|answer|option|choice|letter|is|boxed)\b[\W_]*)*"
+    r"(?P<letter>[a-j])(?![^\W_]|['\u2019-]\w)(?!\s+(?:or|and)\b)"
+    r"(?:(?<=[b-hj])|(?=[ \t]*(?:[^\w\s]|_|[\r\n]|$)|[ \t]+is\b))",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -113,15 +122,22 @@ def _probe(row: Mapping[str, Any], form: str, seed: int) -> tuple[str, str]:
     return "\n".join([question, *lines, "Answer with one letter:"]), _LETTERS[order.index(0)]
 
 
+def chosen_letter(answer: str) -> str:
+    """The letter that an answer begins with, as in "B", "(b) Rome", "**B**", "Option B", "Answer: B"; "" without one.
+
+    "A person" and "I think" begin with words and not with letters, and "B or C" chooses none.
+    """
+    found = _CHOICE.match(answer)
+    return found["letter"].upper() if found else ""
+
+
 def probe_scores(probes: Sequence[Probe], answers: Sequence[str]) -> np.ndarray:
     """[probes]: ROUGE-L recall, and 1 or 0 for the letter of a multiple choice."""
     check_pairs(answers, [probe.answer for probe in probes])
     found = []
     for probe, answer in zip(probes, answers, strict=True):
         if probe.form == "multiple_choice":
-            first = answer.strip().lstrip("([").upper()
-            chosen = first[:1] if not first[1:2].isalnum() else ""
-            found.append(float(chosen == probe.answer))
+            found.append(float(chosen_letter(answer) == probe.answer))
         else:
             found.append(rouge_l(answer, probe.answer).recall)
     return np.array(found)

@@ -51,6 +51,15 @@ def _wrong(name: str, values: Sequence[Sequence[float]], rows: int) -> list[np.n
     return found
 
 
+def _gaps(right: np.ndarray, wrong: list[np.ndarray]) -> list[np.ndarray]:
+    """L - L_b of each row; an infinite L_b is a probability of 0, whatever L is."""
+    for i, (r, w) in enumerate(zip(right, wrong, strict=True)):
+        if math.isinf(r) and np.isinf(w).all():
+            raise ValueError(f"Row {i} has infinite losses on both sides, 0 / 0: score it in a higher precision.")
+    with np.errstate(invalid="ignore"):
+        return [np.where(np.isposinf(w), -np.inf, r - w) for r, w in zip(right, wrong, strict=True)]
+
+
 def probability(losses: Sequence[float], wrong: Sequence[Sequence[float]] | None = None) -> np.ndarray:
     """[rows]: exp(-L) of each answer, or its share among itself and the wrong answers.
 
@@ -63,19 +72,18 @@ def probability(losses: Sequence[float], wrong: Sequence[Sequence[float]] | None
         return np.exp(-right)
     # As 1 / (1 + sum exp(L - L_b)): a share is defined where all probabilities underflow.
     with np.errstate(over="ignore"):
-        rows = zip(right, _wrong("wrong", wrong, len(right)), strict=True)
-        return np.array([1 / (1 + np.exp(r - w).sum()) for r, w in rows])
+        return np.array([1 / (1 + np.exp(gaps).sum()) for gaps in _gaps(right, _wrong("wrong", wrong, len(right)))])
 
 
 def truth_ratio(paraphrase: Sequence[float], wrong: Sequence[Sequence[float]], wrong_agg: Aggregation) -> np.ndarray:
     """[rows]: R, from the mean loss of a token of the paraphrases [rows] and of the wrong answers [rows][wrong]."""
     one_of("wrong_agg", wrong_agg, ("arithmetic", "geometric"))
     right = _losses("paraphrase", paraphrase)
-    rows = zip(right, _wrong("wrong", wrong, len(right)), strict=True)
+    other = _wrong("wrong", wrong, len(right))
+    if wrong_agg == "geometric":
+        other = [w.mean(keepdims=True) for w in other]
     with np.errstate(over="ignore"):
-        if wrong_agg == "geometric":
-            return np.array([np.exp(r - w.mean()) for r, w in rows])
-        return np.array([np.exp(r - w).mean() for r, w in rows])
+        return np.array([np.exp(gaps).mean() for gaps in _gaps(right, other)])
 
 
 def truth_ratio_score(ratios: Sequence[float], forget: bool = False) -> float:

@@ -12,16 +12,24 @@ from ._data import padded
 
 
 def pad_rows(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Right-padded `input_ids`, `attention_mask` by length, and `labels` (the ids where a row has none)."""
+    """Right-padded `input_ids`, `attention_mask` by length, and `labels` (the ids where a row has none).
+
+    Labels that are one number a row, as those of a classifier, are stacked.
+    """
     made = []
+    whole = [row["labels"] for row in rows if "labels" in row and torch.as_tensor(row["labels"]).ndim == 0]
+    if whole and len(whole) < len(rows):
+        raise ValueError(f"{len(whole)} of {len(rows)} rows have one label each, and the others one a token or none.")
     for row in rows:
-        ids, given = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
+        ids = list(row["input_ids"])
+        given = ids if whole else list(row.get("labels", row["input_ids"]))
         if len(given) != len(ids) or not ids:
             raise ValueError(
                 f"A row has {len(ids)} input_ids and {len(given)} labels; both must be equally many, and >= 1."
             )
         made.append({"input_ids": ids, "labels": given})
-    return padded(made)
+    batch = padded(made)
+    return {**batch, "labels": torch.stack([torch.as_tensor(label) for label in whole])} if whole else batch
 
 
 def is_row(item: Any) -> bool:

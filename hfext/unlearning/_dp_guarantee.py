@@ -67,8 +67,13 @@ def group_guarantee(epsilon: float, delta: float, rows: int) -> tuple[float, flo
 
 
 def read_guarantee(folder: str | Path) -> dict[str, Any]:
-    """What `dp.json` of a saved base says; `ValueError` for a model without one."""
+    """What `dp.json` of a saved base says; `ValueError` for a model without one, or one that was fine-tuned since."""
     path = Path(folder) / FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {FILE}: it was not trained by DPTrainer, so nothing bounds what it knows.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if not known.get("base", True):
+        raise ValueError(
+            f"{folder} was fine-tuned without noise after DPTrainer: it is no base. Use the one it is from."
+        )
+    return known

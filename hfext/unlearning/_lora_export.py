@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
-    from ._edit import Kept
+    from ._edit_changes import Kept
 
 
 def write_lora(model: nn.Module, kept: "Sequence[Kept]", folder: str | Path | None) -> tuple[Any, dict[str, Tensor]]:
@@ -24,6 +24,8 @@ def write_lora(model: nn.Module, kept: "Sequence[Kept]", folder: str | Path | No
     weights, names, transposed = {}, [], False
     for part in kept:
         path, _, leaf = part.name.rpartition(".")
+        if ".lora_" in f".{part.name}":
+            raise ValueError(f"{part.name} belongs to an adapter: an adapter cannot hold the change of another one.")
         module = model.get_submodule(path)
         if part.kind != "low_rank":
             raise ValueError(

@@ -39,10 +39,12 @@ def layer_groups(names: Sequence[str], slices: int) -> list[list[int]]:
 def own_randomness() -> Iterator[None]:
     """The global generators afterwards are what they were before."""
     kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(kept[0])
-    np.random.set_state(kept[1])
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
 
 
 def check_exact(model: nn.Module, config: LoraConfig) -> None:
@@ -59,3 +61,8 @@ def check_exact(model: nn.Module, config: LoraConfig) -> None:
     for name, module in model.named_modules():
         if isinstance(module, KEEPS_STATISTICS) and module.track_running_stats:
             raise NotImplementedError(f"{name} keeps statistics of all rows it sees, which no deletion undoes.")
+
+
+def paper_lora() -> LoraConfig:
+    """The adapter of the paper's language models."""
+    return LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, use_rslora=True, target_modules="all-linear")

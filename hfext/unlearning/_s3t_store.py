@@ -3,7 +3,7 @@
     shard1/2-0-1.safetensors     of shard 1: the layers trained third, after slices 2, 0 and 1
 
 A file appears whole (it is written beside and renamed). The record of a deletion is written before files are removed,
-and `sweep` removes what an interruption left.
+and `sweep` removes what an interruption left. Of each row that was not deleted the record has a salted digest.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._s3t_rows import row_digests
 from ._s3t_sequences import Slices
 
 STATE, INITIAL = "s3t.json", "initial.safetensors"
@@ -79,13 +80,25 @@ class StageFolder:
         _whole(self.path / STATE, lambda partial: partial.write_text(json.dumps(state), encoding="utf-8"))
 
     def check(self, state: Mapping[str, Any], asked: Mapping[str, Any], names: Collection[str], rows: Sized | None):
-        """Raise where the record, the initial weights or the number of rows are of another run than this one."""
+        """Raise where the record, the initial weights or the rows are of another run than this one."""
         for name, value in asked.items():
-            if state[name] != value:
-                raise ValueError(f"{self.path / STATE} has {name} {state[name]} but this run {value}.")
+            if state.get(name) != value:
+                raise ValueError(f"{self.path / STATE} has {name} {state.get(name)} but this run {value}.")
         made_of = sum(len(part) for shard in state["rows"] for part in shard)
         if rows is not None and len(rows) != made_of:
-            raise ValueError(f"{self.path} was made of {made_of} rows, train_dataset has {len(rows)}.")
+            raise ValueError(
+                f"{self.path} was made of {made_of} rows, train_dataset has {len(rows)}. Rows keep their "
+                "numbers: leave something in the place of a deleted one."
+            )
+        if rows is not None:
+            gone = [i for i, known in enumerate(state["row_digests"]) if known is None]
+            now = row_digests(rows, state["salt"], gone)
+            wrong = [i for i, (a, b) in enumerate(zip(now, state["row_digests"], strict=True)) if a != b]
+            if wrong:
+                raise ValueError(
+                    f"{self.path} was made of other rows, or of these in another order: {len(wrong)} differ, the "
+                    f"first is row {wrong[0]}. Deletion by number would take back the wrong ones."
+                )
         if self.read(self.path / INITIAL).keys() != set(names):
             raise ValueError(f"{self.path} holds adapters of other modules than peft_config targets.")
 

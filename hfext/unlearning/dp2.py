@@ -189,7 +189,8 @@ class DPTrainer(Trainer):
 
     `per_device_train_batch_size` is B, the mean size of a batch, which is drawn anew every step; an epoch is N / B
     steps. Any optimizer may take the private gradient (the paper's is plain SGD). The guarantee is saved as `dp.json`
-    beside the model. It covers the weights; the logged training loss and evaluations are not private.
+    beside the model. It covers the weights; the logged training loss and evaluations are not private. A model is
+    trained once: the steps of another `train()` would not be counted, so it must resume from a checkpoint.
 
     Args:
         dp (`DPConfig`, *optional*): Options.
@@ -201,6 +202,10 @@ class DPTrainer(Trainer):
             raise ValueError(
                 f"gradient_accumulation_steps is {args.gradient_accumulation_steps} but must be 1: noise belongs to "
                 "the whole batch. Use a larger per_device_train_batch_size, and DPConfig(microbatch_size=) for memory."
+            )
+        if args.auto_find_batch_size:
+            raise NotImplementedError(
+                "auto_find_batch_size changes the sampling rate: use DPConfig(microbatch_size=)."
             )
         if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp or args.fp16:
             raise NotImplementedError("DPTrainer runs in one process on one device, in float32 or bfloat16.")
@@ -222,7 +227,7 @@ class DPTrainer(Trainer):
             )
         self.add_callback(_Begin(self))
         self.noise_multiplier: float | None = self.dp.noise_multiplier
-        self._how, self._sampler, self._resumed = HOW[0], None, None
+        self._how, self._sampler, self._resumed, self._begun = HOW[0], None, None, False
 
     @property
     def sampling_rate(self) -> float:
@@ -243,11 +248,13 @@ class DPTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         path = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if self._begun and not path:
+            raise ValueError("This model was already trained here: resume from a checkpoint, or start from the base.")
         self._resumed = read_guarantee(path) if path else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _begin(self, state: Any) -> None:
-        self._sampler.step = state.global_step
+        self._begun, self._sampler.step = True, state.global_step
         c, rate = self.dp, self.sampling_rate
         self.noise_multiplier = c.noise_multiplier
         if self.noise_multiplier is None:
@@ -336,8 +343,9 @@ def unlearn_from_dp_base(
     """Fine-tune a DP base, as saved by [`DPTrainer`], on the rows that stay, and save the result in `args.output_dir`.
 
     The base is left as it is for the next request. Where `model` is given it is the base, already loaded, and changes.
-    `dp.json` is saved with the result: what it says of a forgotten row holds for the unlearned model. Other arguments
-    go to the `Trainer`, which is returned trained.
+    `dp.json` is saved with the result: what it says of a forgotten row holds for the unlearned model, and nothing
+    bounds what it knows of the retained ones, so that it is no base itself. Other arguments go to the `Trainer`, which
+    is returned trained.
     """
     known = read_guarantee(base)
     if Path(args.output_dir).resolve() == Path(base).resolve():
@@ -353,6 +361,7 @@ def unlearn_from_dp_base(
     trainer = Trainer(model, args, train_dataset=retain_rows, **kwargs)
     trainer.train()
     trainer.save_model()
+    known |= {"base": False, "covers": "rows that are not among the retain rows"}
     Path(args.output_dir, FILE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     return trainer
 

@@ -16,6 +16,7 @@ Concept Editing in Diffusion Models, arXiv 2308.14761. There W are the keys and 
 embeddings those of a prompt's 77 tokens; here any linear layers and embeddings given.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -127,11 +128,11 @@ def rece(
     """
     erase, target, preserve = _shaped(erase, target, preserve)
     for name, value in (("lam", lam), ("rho", rho)):
-        if not value > 0:
-            raise ValueError(f"{name} is {value} but must be > 0: the solution would not be unique.")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value} but must be > 0 and finite, else there is no unique solution.")
     for name, value in (("erase_scale", erase_scale), ("preserve_scale", preserve_scale), ("rounds", rounds)):
-        if not value >= 0:
-            raise ValueError(f"{name} is {value} but must be >= 0.")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value} but must be >= 0 and finite.")
     if how not in ("replace", "tensor"):
         raise ValueError(f"how is {how!r} but must be one of replace, tensor.")
     settings = (how, rounds, lam, erase_scale, preserve_scale, rho)

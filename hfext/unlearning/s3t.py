@@ -36,17 +36,14 @@ from transformers.utils import logging
 
 from .._fields import in_range, one_of
 from ..registry import Method, Result
-from ._data import collate, token_rows
-from ._s3t_layers import check_exact, layer_groups, layer_of, own_randomness
+from ._data import collate
+from ._s3t_identity import base_digest, training_record
+from ._s3t_layers import check_exact, layer_groups, layer_of, own_randomness, paper_lora
+from ._s3t_rows import new_salt, readable_rows, row_digests, row_numbers
 from ._s3t_sequences import Slices, best_prefix, cyclic_sequences, matched_sequences, partition, stages, surviving
 from ._s3t_store import INITIAL, StageFolder, stage_seed
 
 logger = logging.get_logger(__name__)
-
-SHARED = (
-    "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps weight_decay "
-    "warmup_steps lr_scheduler_type optim max_grad_norm bf16 fp16 seed"
-).split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +106,9 @@ class S3TTrainer:
     `Trainer` that writes no checkpoints and evaluates nothing: those files would remember deleted rows. What the user
     keeps elsewhere (trackers, copies made by `save` or `model_for(..).save_pretrained`) is the user's to delete.
 
+    It is opened again with the base and the rows that it was made of, which digests of both check. Rows keep their
+    numbers: take the content of a deleted row out of the data, but leave anything in its place, which is not read.
+
     Args:
         model (`PreTrainedModel`): The base, which gets adapters in place and stays frozen. It must not know the rows.
         args (`TrainingArguments`): Of each stage.
@@ -142,18 +142,11 @@ class S3TTrainer:
         self.args, self.s3t, self.folder = args, s3t or S3TConfig(), StageFolder(args.output_dir)
         self.processing_class, self.callbacks, self.trainer_class = processing_class, list(callbacks), trainer_class
         self.train_dataset, self.data_collator = train_dataset, data_collator
-        if train_dataset is not None and processing_class is not None and "input_ids" not in train_dataset[0]:
-            self.train_dataset = token_rows("train_dataset", train_dataset, processing_class)
-            if len(self.train_dataset) != len(train_dataset):
-                raise ValueError(
-                    "train_dataset has rows without a token to score; their numbers would shift: remove them."
-                )
-        if (
-            data_collator is None
-            and train_dataset is not None
-            and set(self.train_dataset[0]) == {"input_ids", "labels"}
-        ):
-            self.data_collator = collate if np.ndim(self.train_dataset[0]["labels"]) else None
+        if train_dataset is not None:
+            gone = (self.folder.state() or {}).get("deleted", ())
+            self.train_dataset, row = readable_rows(train_dataset, gone, processing_class)
+            if data_collator is None and set(row) == {"input_ids", "labels"} and np.ndim(row["labels"]):
+                self.data_collator = collate
         self.model = self._with_adapters(model, peft_config or paper_lora())
         self._adapters = adapters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         # A head belongs to every stage.
@@ -174,15 +167,17 @@ class S3TTrainer:
 
     def _open(self, config: LoraConfig, prior: Sequence[float] | None) -> dict[str, Any]:
         """The record in the folder, or a new one."""
-        values, budget = self.args.to_dict(), self.s3t.budget or self.s3t.slices
+        budget = self.s3t.budget or self.s3t.slices
         asked = {
             "s3t": {"shards": self.s3t.shards, "slices": self.s3t.slices, "budget": budget},
-            "training": {name: values[name] for name in SHARED},
+            "training": training_record(self.args),
             "layers": self.groups,
             "lora": [config.r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora],
+            "base": base_digest(self.model, self._adapters),
         }
         asked = json.loads(json.dumps(asked))
         state = self.folder.state()
+        PartialState().wait_for_everyone()
         if state is not None:
             self.folder.check(state, asked, self._adapters, self.train_dataset)
             self._initial = self.folder.read(self.folder.path / INITIAL)
@@ -210,7 +205,9 @@ class S3TTrainer:
         rows = partition(len(self.train_dataset), m, size, self.args.seed, prior)
         if prior is not None:
             sequences = [matched_sequences([sum(prior[i] for i in part) for part in s], budget) for s in rows]
-        return {"rows": rows, "sequences": [[list(s) for s in shard] for shard in sequences]}
+        salt = new_salt()
+        known = {"salt": salt, "row_digests": row_digests(self.train_dataset, salt)}
+        return {"rows": rows, "sequences": [[list(s) for s in shard] for shard in sequences], **known}
 
     def sequences(self, shard: int) -> list[Slices]:
         """The orders of slices that the shard is trained on."""
@@ -290,13 +287,15 @@ class S3TTrainer:
         place = {
             i: (s, j) for s, shard in enumerate(self._state["rows"]) for j, part in enumerate(shard) for i in part
         }
-        asked = [indices] if isinstance(indices, int) else [int(i) for i in indices]
+        asked = row_numbers(indices)
         for i in asked:
             if i not in place:
                 raise ValueError(f"indices holds {i}, which is no row: they are 0 to {len(place) - 1}.")
         new = sorted(set(asked) - set(self._state["deleted"]))
         touched = sorted({place[i] for i in new})
         self._state["deleted"] = sorted({*self._state["deleted"], *new})
+        for i in new:
+            self._state["row_digests"][i] = None
         for shard, j in touched:
             self._state["dirty"][shard] = sorted({*self._state["dirty"][shard], j})
         self._write_state()
@@ -366,11 +365,6 @@ class S3TTrainer:
         if self.args.should_save:
             self.folder.copy_to(Path(folder), [path for path in kept if path.is_file()])
         PartialState().wait_for_everyone()
-
-
-def paper_lora() -> LoraConfig:
-    """The adapter of the paper's language models."""
-    return LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, use_rslora=True, target_modules="all-linear")
 
 
 METHOD = Method(

@@ -38,7 +38,8 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 def dampening(forget: Tensor, full: Tensor, alpha: float, lam: float, p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Which entries are selected (bool), and the factor of every entry, 1 where it is not selected."""
     selected = forget > alpha * full
-    ratio = lam * full / torch.where(selected, forget, 1.0)
+    # What does not matter at all to the data goes, also with an infinite lam.
+    ratio = torch.where(full > 0, lam * full, 0.0) / torch.where(selected, forget, 1.0)
     return selected, torch.where(selected, ratio.pow(p).clamp(max=1.0), 1.0)
 
 

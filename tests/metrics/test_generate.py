@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from word_tokens import text_of, word_tokenizer
 
 from hfext.metrics._generate import ends_of, generate_answers, generate_ids
@@ -58,6 +59,56 @@ def test_sampling_and_penalties_of_the_config_are_left_aside_and_all_is_restored
     assert generate_ids(model, PROMPTS, 6) == expected
     assert [m.training for m in model.modules()] == modes
     assert model.generation_config is config and config.to_dict() == before and model.config.use_cache is False
+
+
+HOSTILE = [
+    {"suppress_tokens": list(range(3, 60))},
+    {"begin_suppress_tokens": list(range(3, 60))},
+    {"forced_eos_token_id": 7},
+    {"forced_bos_token_id": 7},
+    {"sequence_bias": [[[9], 90.0]]},
+    {"bad_words_ids": [[i] for i in range(3, 60)]},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"num_return_sequences": 2, "num_beams": 2},
+    {"stop_strings": ["a"]},
+    {"min_new_tokens": 6, "exponential_decay_length_penalty": (1, 5.0)},
+    {"max_time": 1e-9},
+    {"prompt_lookup_num_tokens": 2},
+    {"eos_token_id": list(range(3, 128))},
+]
+
+
+@pytest.mark.parametrize("fields", HOSTILE, ids=lambda fields: next(iter(fields)))
+@pytest.mark.parametrize("ends", [[2], []])
+def test_no_field_of_the_config_changes_an_answer(tiny_llama, fields, ends):
+    model = tiny_llama(initializer_range=0.3)
+    expected = [greedy(model, p, 6, ends) for p in PROMPTS]
+    config = model.generation_config
+    for name, value in fields.items():
+        setattr(config, name, value)
+    before = config.to_dict()
+    assert generate_ids(model, PROMPTS, 6, 4, ends) == expected
+    assert model.generation_config is config and config.to_dict() == before
+
+
+def test_the_config_comes_back_after_a_failure_and_in_a_peft_model(tiny_llama, monkeypatch):
+    model = tiny_llama(initializer_range=0.3)
+    expected = [greedy(model, p, 6, []) for p in PROMPTS]
+    config = model.generation_config
+    config.suppress_tokens = list(range(3, 60))
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert generate_ids(wrapped, PROMPTS, 6, ends=[]) == expected
+    assert model.generation_config is config and wrapped.generation_config is config
+    assert "generation_config" not in vars(wrapped)
+
+    def broken(*args, **kwargs):
+        raise KeyError
+
+    monkeypatch.setattr(model, "forward", broken)
+    for one in (model, wrapped):
+        with pytest.raises(KeyError):
+            generate_ids(one, PROMPTS, 6)
+        assert model.generation_config is config and wrapped.generation_config is config
 
 
 def test_texts_in_and_new_texts_out(tiny_llama):

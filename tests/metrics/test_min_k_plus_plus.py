@@ -48,6 +48,13 @@ def test_flat_and_certain_distributions_are_finite():
     assert min_k_plus_plus(certain).item() == pytest.approx(0, abs=1e-9)
 
 
+def test_the_floor_is_of_the_variance():
+    log_p, mean = torch.tensor([1.0]), torch.tensor([0.0])
+    # sigma 1e-4, variance 1e-8: z is 1 / sqrt(1e-6); sigma 1e-2 is above the floor.
+    assert standardised(log_p, mean, torch.tensor([1e-4])).item() == pytest.approx(1e3, rel=1e-5)
+    assert standardised(log_p, mean, torch.tensor([1e-2])).item() == pytest.approx(1e2, rel=1e-5)
+
+
 def test_learnt_rows_score_lower(tiny_llama):
     rows = random_rows(12)
     s = score_rows(learnt(tiny_llama(), rows[:6]), rows)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hfext.experiments._data import shared_data
-from hfext.metrics.ort import NAMES, build_forms, compute, form_independence, news, probe_scores
+from hfext.metrics.ort import NAMES, build_forms, chosen_letter, compute, form_independence, news, probe_scores
 
 ROW = {
     "question": "What is the full name of the author born in Taipei?",
@@ -54,6 +54,47 @@ def test_scores_of_answers():
     for answer, score in [(f"({letter}) x", 1), (f" {letter.lower()}.", 1), (f"{letter}pple", 0), ("", 0), ("Z", 0)]:
         assert probe_scores([choice], [answer]).tolist() == [score]
     assert probe_scores(probes[2:3], ["it is Hsiao"]).tolist() == pytest.approx([1 / 3])
+
+
+@pytest.mark.parametrize(
+    "letter, answers",
+    [
+        ("A", ["A", "a.", " (a) x", "A: Rome", "A, as", "A - Rome", "A\nas I said", "A\u2014Rome", "A is correct"]),
+        (
+            "A",
+            [
+                "Answer: A",
+                "**A**",
+                "Option A",
+                "The answer is A.",
+                "My final answer is (A) Rome",
+                "_A_",
+                "$\\boxed{A}$",
+            ],
+        ),
+        ("B", ["B", "B Rome", "b because", "Option B is right", "The correct answer is **B**", "Answer:\n\nB"]),
+        ("I", ["I", "I.", "(I)", "Option I"]),
+        (
+            "",
+            [
+                "A person",
+                "a cat",
+                "The answer is a person",
+                "I think A",
+                "A-team",
+                "A's",
+                "Apple",
+                "Be",
+                "",
+                "...",
+                "Z",
+            ],
+        ),
+        ("", ["A or B", "B and C", "Answer", "Is it A?"]),
+    ],
+)
+def test_the_letter_of_an_answer(letter, answers):
+    assert {answer: chosen_letter(answer) for answer in answers} == dict.fromkeys(answers, letter)
 
 
 def test_rates_and_bias_by_hand():

@@ -46,6 +46,31 @@ def test_the_clamp_bounds_probabilities_as_published():
     assert modified_renyi(log_p, torch.tensor(1), 1).item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("order", [0.5, 1, 2, 3])
+@pytest.mark.parametrize("target", [0, 1, 2])
+def test_without_a_clamp_a_certain_token_is_exact(order, target):
+    """Against the definition in 200 digits: p of the likeliest token is 1 to all digits of a double."""
+    import mpmath
+
+    logits = [0.0, 60.0, 11.0]
+    with mpmath.workdps(200):
+        p = [mpmath.e**x for x in logits]
+        p = [x / sum(p) for x in p]
+        others = [x for v, x in enumerate(p) if v != target]
+        p_y, b = p[target], mpmath.mpf(abs(1 - order))
+        if order == 1:
+            expected = -(1 - p_y) * mpmath.log(p_y) - sum(x * mpmath.log(1 - x) for x in others)
+        else:
+            expected = -((1 - p_y) * (p_y**b - 1) + sum(x * ((1 - x) ** b - 1) for x in others)) / b
+    log_p = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)
+    assert modified_renyi(log_p, torch.tensor(target), order, 0).item() == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_without_a_clamp_two_tokens_have_the_closed_form():
+    log_p = torch.tensor([0.0, 60.0], dtype=torch.float64).log_softmax(-1)
+    assert modified_renyi(log_p, torch.tensor(0), 1, 0).item() == pytest.approx(120)
+
+
 @pytest.mark.parametrize("k", [0, 0.1, 0.35, 1])
 def test_scores_are_means_of_the_extreme_positions(k):
     rows = [np.random.default_rng(n).random(n) for n in (1, 4, 23)]

@@ -52,7 +52,7 @@ STEMS = dict(
         "bowdlerize:bowdler probate:probat rate:rate cease:ceas controll:control roll:roll spied:spi died:die "
         "basically:basic geology:geolog biologi:biolog news:news innings:inning succeed:succeed eye:eye "
         "using:use oed:o carefulli:care ion:ion mission:mission apology:apolog authored:author "
-        "literary:literari awarded:award "
+        "literary:literari awarded:award ideology:ideolog theologi:theolog psychologi:psycholog ologi:olog logi:logi "
     ).split()
 )
 

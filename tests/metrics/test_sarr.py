@@ -20,6 +20,8 @@ from hfext.metrics.sarr import compute, is_refusal, safe_answer_refusal_rate
         "",
         " \n",
         "...!",
+        "___",
+        "_ __\n- _",
     ],
 )
 def test_refusals(answer):
@@ -52,6 +54,10 @@ def test_patterns_of_ones_own_replace_the_default():
     assert safe_answer_refusal_rate(["Non posso rispondere", "I cannot"], ["non posso"]) == 0.5
     with pytest.raises(ValueError, match="no regular expression"):
         safe_answer_refusal_rate(["a"], ["("])
+    with pytest.raises(TypeError, match="answers is the string 'no' but must be a list"):
+        safe_answer_refusal_rate("no")
+    with pytest.raises(TypeError, match="refusal_patterns is the string 'no' but must be a list"):
+        safe_answer_refusal_rate(["a"], "no")
     for bad in ([], [None]):
         with pytest.raises(ValueError, match="answers must be"):
             safe_answer_refusal_rate(bad)

@@ -63,6 +63,23 @@ def test_probability_alone_and_among_wrong_answers():
     assert probability([2000.0, 2000.0], [[2000.0], [0.0]]).tolist() == [0.5, 0.0]
 
 
+def test_infinite_losses_are_probabilities_of_0():
+    inf = math.inf
+    assert probability([inf, 1.0, inf], [[1.0, inf], [inf, inf], [1.0, 2.0]]).tolist() == [0.0, 1.0, 0.0]
+    for agg, values in (("arithmetic", [inf, 0.0, math.exp(-1) / 2]), ("geometric", [inf, 0.0, 0.0])):
+        assert truth_ratio([inf, 1.0, 0.0], [[1.0, 2.0], [inf, inf], [1.0, inf]], agg).tolist() == pytest.approx(
+            values
+        )
+    assert truth_ratio([inf], [[1.0, inf]], "arithmetic").tolist() == [inf]
+    for call in (
+        lambda: probability([1.0, inf], [[1.0], [inf, inf]]),
+        lambda: truth_ratio([1.0, inf], [[1.0], [inf, inf]], "arithmetic"),
+        lambda: truth_ratio([1.0, inf], [[1.0], [1.0, inf]], "geometric"),
+    ):
+        with pytest.raises(ValueError, match="Row 1 has infinite losses on both sides"):
+            call()
+
+
 def test_utility_is_a_harmonic_mean():
     one = {"probability": 0.5, "rouge": 0.25, "truth_ratio_score": 1.0}
     assert retain_utility(one) == pytest.approx(3 / 7)

@@ -114,3 +114,14 @@ def test_bad_input_is_named(tiny_llama):
         antidote(torch.nn.Sequential(torch.nn.Linear(2, 2)), None)
     with pytest.raises(ValueError, match="holds no rows"):
         antidote(model, [])
+
+
+def test_rows_of_a_text_classifier(tiny_bert_classifier):
+    model, data = tiny_bert_classifier(), rows()
+    with antidote(model, data, 0.2, batch_size=2) as edit:
+        expected = {name: p.clone() for name, p in model.named_parameters()}
+    assert edit.kept
+    for one in (int, torch.tensor):
+        labelled = [{"input_ids": torch.tensor(row["input_ids"]), "labels": one(i % 4)} for i, row in enumerate(data)]
+        with antidote(model, labelled, 0.2, batch_size=2):
+            assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())

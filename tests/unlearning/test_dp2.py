@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy import optimize, stats
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hfext.unlearning import dp2
 from hfext.unlearning._data import collate
 from hfext.unlearning._dp_guarantee import group_guarantee, noise_for, privacy_spent
 from hfext.unlearning.dp2 import (
@@ -271,6 +272,50 @@ def test_a_resumed_run_has_the_bits_and_the_steps_of_a_straight_one(tiny_llama, 
         other.train(resume_from_checkpoint=True)
 
 
+def test_steps_of_a_second_training_would_not_be_counted(tiny_llama, tmp_path):
+    trainer = trainer_of(tiny_llama(), tmp_path, max_steps=4, save_strategy="steps", save_steps=3)
+    trainer.train()
+    trained = state(trainer.model)
+    for resume in (None, False):
+        with pytest.raises(ValueError, match="already trained here: resume from a checkpoint, or start from the base"):
+            trainer.train(resume_from_checkpoint=resume)
+    assert all(torch.equal(p, trained[n]) for n, p in trainer.model.named_parameters())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert trainer.guarantee()["steps"] == 4
+    assert all(torch.equal(p, trained[n]) for n, p in trainer.model.named_parameters())
+
+    # One that was interrupted has seen rows as well.
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    broken = trainer_of(tiny_llama(), tmp_path / "b")
+    broken.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    with pytest.raises(ValueError, match="already trained here"):
+        broken.train()
+
+
+def test_no_generator_is_used_twice(tiny_llama, tmp_path, monkeypatch):
+    """Neither by two steps nor by sampling and noise, which must not depend on one another."""
+    made = []
+
+    def watched(seed, step, stream, device="cpu"):
+        made.append((step, stream, generator := real(seed, step, stream, device)))
+        return generator
+
+    real = dp2._generator
+    monkeypatch.setattr(dp2, "_generator", watched)
+    trainer_of(tiny_llama(), tmp_path, max_steps=5).train()
+    asked = {(step, stream): generator.initial_seed() for step, stream, generator in made}
+    assert {(step, stream) for step in range(5) for stream in (0, 1)} <= set(asked)
+    assert len(set(asked.values())) == len(asked)
+    # The first numbers too, as some generators read a part of the seed alone.
+    first = {float(torch.rand((), generator=real(5, step, stream), dtype=torch.float64)) for step, stream in asked}
+    assert len(first) == len(asked)
+
+
 def test_the_target_is_met_at_the_last_step_and_secret_noise_differs(tiny_llama, tmp_path):
     found = []
     for _ in range(2):
@@ -329,9 +374,15 @@ def test_unlearning_is_plain_training_of_the_kept_base(tiny_llama, tmp_path):
     for a, b in zip(unlearned.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
     assert {p.name: p.read_bytes() for p in (tmp_path / "base").iterdir()} == kept
-    assert json.loads((tmp_path / "out" / "dp.json").read_text()) == base.guarantee()
+    said = {"base": False, "covers": "rows that are not among the retain rows"}
+    assert json.loads((tmp_path / "out" / "dp.json").read_text()) == {**base.guarantee(), **said}
     loaded = type(plain).from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), plain.parameters(), strict=True))
+    # It saw the retained rows without noise: no base, and no checkpoint of one.
+    with pytest.raises(ValueError, match="fine-tuned without noise after DPTrainer: it is no base"):
+        unlearn_from_dp_base(tmp_path / "out", rows[:4], arguments(tmp_path / "next"))
+    with pytest.raises(ValueError, match="it is no base"):
+        trainer_of(tiny_llama(), tmp_path / "next", rows).train(resume_from_checkpoint=str(tmp_path / "out"))
     with pytest.raises(ValueError, match="base's own folder"):
         unlearn_from_dp_base(tmp_path / "base", rows[:8], arguments(tmp_path / "base"))
     with pytest.raises(ValueError, match="retain_rows is empty"):
@@ -370,6 +421,8 @@ def test_bad_settings_are_named(tiny_llama, tmp_path):
             DPConfig(**fields)
     with pytest.raises(ValueError, match="gradient_accumulation_steps is 2 but must be 1"):
         trainer_of(tiny_llama(), tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(NotImplementedError, match="auto_find_batch_size changes the sampling rate"):
+        trainer_of(tiny_llama(), tmp_path, auto_find_batch_size=True)
     with pytest.raises(ValueError, match=r"per_device_train_batch_size is 13 but must be in \[1, 12\]"):
         trainer_of(tiny_llama(), tmp_path, per_device_train_batch_size=13)
     model = tiny_llama()

@@ -1,11 +1,14 @@
 """`Edit`: undone and redone bit for bit, stored, refused where it does not fit, and exported as LoRA."""
 
 import copy
+import json
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from hfext.unlearning._down_projections import down_projections
@@ -203,6 +206,177 @@ def test_files_that_do_not_fit_are_refused(tiny_llama, tiny_gpt2, tmp_path):
         Edit.load(tmp_path / "none.safetensors", model)
 
 
+def rewritten(path, change):
+    """The file with its header and tensors as `change(header, tensors)` leaves them."""
+    with safe_open(str(path), "pt") as file:
+        header = json.loads(file.metadata()["hfext_edit"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    change(header, tensors)
+    save_file(tensors, path, metadata={"hfext_edit": json.dumps(header)})
+
+
+def flipped(key):
+    def change(header, tensors):
+        raw = tensors[key].clone().contiguous().view(-1).view(torch.uint8)
+        raw[-1] ^= 1
+        tensors[key] = raw.view(tensors[key].dtype).view(tensors[key].shape)
+
+    return change
+
+
+@pytest.mark.parametrize("state", ["before", "after"])
+@pytest.mark.parametrize(
+    "scale, key",
+    [(1e-4, "0.left"), (1e-4, "0.right"), (1e-4, "0.old"), (1e-4, "0.index"), (1.0, "0.right"), (1.0, "0.difference")]
+    + [(1.0, "1.difference"), (1.0, "2.difference")],
+)
+def test_a_file_whose_payload_was_altered_is_refused(tiny_llama, tmp_path, scale, key, state):
+    model, path = tiny_llama(), tmp_path / "edit.safetensors"
+    edit = Edit.make(model, three_changes(scale))
+    edit.save(path)
+    if state == "before":
+        edit.undo()
+    held = bits(model)
+    rewritten(path, lambda header, tensors: None)
+    Edit.load(path, copy.deepcopy(model))
+    rewritten(path, flipped(key))
+    with pytest.raises(ValueError, match="does not lead|neither the weights before|positions"):
+        Edit.load(path, model)
+    assert same(model, held)
+
+
+def test_an_edit_altered_in_memory_touches_nothing(tiny_llama):
+    model = tiny_llama()
+    edit = Edit.make(model, three_changes())
+    held = bits(model)
+    edit.kept[2].tensors["difference"][0] ^= 1
+    with pytest.raises(RuntimeError, match=f"of {NORM} was altered"):
+        edit.undo()
+    assert same(model, held) and edit.applied
+
+
+def test_crafted_files_are_refused(tiny_llama, tiny_gpt2, tmp_path):
+    model, path = tiny_llama(), tmp_path / "edit.safetensors"
+    edit = Edit.make(model, three_changes(1e-4))
+    edit.save(path)
+    edit.undo()
+    before, data = bits(model), path.read_bytes()
+
+    def to(key, dtype):
+        return lambda header, tensors: tensors.update({key: tensors[key].to(dtype)})
+
+    def twice(header, tensors):
+        tensors["1.index"][0] = tensors["1.index"][1]
+
+    def outside(header, tensors):
+        tensors["1.index"][0] = 2048
+
+    def shapeless(header, tensors):
+        del header["tensors"][1]["shape"]
+
+    def repeated(header, tensors):
+        header["tensors"].append(header["tensors"][2])
+        tensors["3.difference"] = tensors["2.difference"].clone()
+
+    for change, message in (
+        (to("1.index", torch.int32), "index is torch.int32"),
+        (to("0.index", torch.int32), "index is torch.int32"),
+        (to("0.left", torch.float32), "factors do not fit"),
+        (to("0.right", torch.float32), "factors do not fit"),
+        (to("0.old", torch.float64), "another type"),
+        (to("1.difference", torch.int64), "another type"),
+        (twice, "positions twice"),
+        (outside, "positions outside it"),
+        (shapeless, "holds no whole edit: 'shape'"),
+        (repeated, f"changes one tensor twice: {NORM}"),
+    ):
+        path.write_bytes(data)
+        rewritten(path, change)
+        with pytest.raises(ValueError, match=message):
+            Edit.load(path, model)
+        assert same(model, before)
+
+    # Two names of one tensor.
+    tied = tiny_gpt2()
+    edit = Edit.make(tied, {"lm_head.weight": Entries(torch.tensor([3]), torch.tensor([1.0]))})
+    edit.save(path)
+    edit.undo()
+
+    def both(header, tensors):
+        header["tensors"].append({**header["tensors"][0], "name": "lm_head.weight"})
+        tensors |= {key.replace("0.", "1."): value.clone() for key, value in tensors.items()}
+
+    rewritten(path, both)
+    with pytest.raises(ValueError, match="changes one tensor twice: transformer.wte.weight = lm_head.weight"):
+        Edit.load(path, tied)
+
+
+@pytest.mark.parametrize("state", ["before", "after"])
+def test_a_tensor_that_stayed_the_same_fits_both_states(tiny_llama, tmp_path, state):
+    model = tiny_llama()
+    before = bits(model)
+    edit = Edit.make(model, {**three_changes(), "lm_head.weight": Dense(model.lm_head.weight.detach().clone())})
+    after = bits(model)
+    edit.save(tmp_path / "edit.safetensors")
+    if state == "before":
+        edit.undo()
+    loaded = Edit.load(tmp_path / "edit.safetensors", model)
+    assert loaded.applied and same(model, after)
+    loaded.undo()
+    assert same(model, before)
+
+
+def test_redo_of_a_model_that_changed_is_refused(tiny_llama):
+    model = tiny_llama()
+    edit = Edit.make(model, three_changes())
+    edit.undo()
+    with torch.no_grad():
+        model.get_parameter(NORM)[0] += 1
+    held = bits(model)
+    with pytest.raises(RuntimeError, match=f"{NORM} was changed by something else since this edit was undone"):
+        edit.redo()
+    assert same(model, held) and not edit.applied
+
+
+def test_positions_of_other_types_and_ranges(tiny_llama, tmp_path):
+    model = tiny_llama()
+    before = bits(model)
+    for wrong in ([-1], [2048], [0, -2048]):
+        with pytest.raises(ValueError, match=r"positions must be in \[0, 2048\)"):
+            Edit.make(model, {UP: Entries(torch.tensor(wrong), torch.ones(len(wrong)))})
+    for wrong in (torch.tensor([True]), torch.tensor([1.0])):
+        with pytest.raises(ValueError, match="must be integers"):
+            Edit.make(model, {UP: Entries(wrong, torch.ones(1))})
+    for dtype in (torch.int32, torch.uint8):
+        edit = Edit.make(model, {UP: Entries(torch.tensor([7, 200], dtype=dtype), torch.ones(2))})
+        assert model.get_parameter(UP).view(-1)[[7, 200]].tolist() == [1, 1]
+        edit.save(tmp_path / "edit.safetensors")
+        edit.undo()
+        assert same(model, before)
+        Edit.load(tmp_path / "edit.safetensors", model).undo()
+
+
+def test_two_parameters_on_one_storage_are_one_tensor(tiny_llama):
+    model = tiny_llama()
+    weight = model.get_parameter(NORM)
+    model.model.layers[0].input_layernorm.weight = nn.Parameter(weight.detach())
+    other = "model.layers.0.input_layernorm.weight"
+    assert model.get_parameter(other) is not weight
+    before = bits(model)
+    with pytest.raises(ValueError, match="changed twice"):
+        Edit.make(model, {NORM: Dense(torch.zeros(32)), other: Dense(torch.ones(32))})
+    assert same(model, before)
+    with Edit.make(model, {NORM: Dense(torch.zeros(32))}) as edit:
+        assert {edit.report["parameters"][0]["name"], *edit.report["parameters"][0]["tied"]} == {NORM, other}
+    # Parts of one storage that do not meet, and empty tensors, are different ones.
+    module = nn.Module()
+    whole = torch.randn(6)
+    module.a, module.b = nn.Parameter(whole[:3]), nn.Parameter(whole[3:])
+    module.c, module.d = nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0))
+    edit = Edit.make(module, {n: Dense(torch.zeros(3 if n in "ab" else 0)) for n in "abcd"})
+    assert len(edit.kept) == 4 and not whole.any()
+
+
 def test_what_leads_back_does_not_depend_on_the_order_of_additions():
     left, right = torch.randn(50, 7), torch.randn(7, 40)
     expected = sum(left[:, k : k + 1].double() * right[k].double() for k in range(7))
@@ -260,6 +434,14 @@ def test_an_edit_of_the_base_of_a_peft_model(tiny_llama, tmp_path):
     assert same(model, before)
     adapted = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     torch.testing.assert_close(adapted(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_an_adapters_own_weights_are_not_exported(tiny_llama):
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["down_proj"]))
+    name = "base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight"
+    with Edit.make(model, {name: LowRank(torch.ones(32, 1), torch.ones(1, 8))}) as edit:
+        with pytest.raises(ValueError, match="lora_B.default.weight belongs to an adapter"):
+            edit.to_lora()
 
 
 def test_quantised_weights_are_refused(tiny_llama):

@@ -2,7 +2,9 @@
 
 import gc
 import itertools
+import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import torch
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hfext.unlearning._s3t_layers import layer_groups
+from hfext.unlearning._s3t_layers import layer_groups, own_randomness
+from hfext.unlearning._s3t_rows import readable_rows, row_digests
 from hfext.unlearning._s3t_sequences import (
     best_prefix,
     cyclic_sequences,
@@ -238,15 +241,19 @@ def test_after_a_deletion_outputs_are_those_of_training_that_never_had_the_slice
     theirs.delete([victim])
     assert torch.equal(theirs.predict(PROBE), after)
 
-    # A dataset whose rows of that slice cannot even be read, trained up to the prefix alone.
+    # A dataset whose rows of that slice cannot even be read from then on, trained up to the prefix alone.
     class Missing(list):
+        forbidden = ()
+
         def __getitem__(self, i):
-            if i in slice_rows:
+            if i in self.forbidden:
                 raise AssertionError("a deleted row was read")
             return super().__getitem__(i)
 
-    never = trainer_of(tiny_llama(), tmp_path / "c", Missing(rows), data_collator=ours.data_collator)
-    never.delete(slice_rows)
+    trainer_of(tiny_llama(), tmp_path / "c", rows).delete(slice_rows)
+    missing = Missing(rows)
+    missing.forbidden = slice_rows
+    never = trainer_of(tiny_llama(), tmp_path / "c", missing)
     assert never.train() == report.active
     assert torch.equal(never.predict(PROBE), after)
 
@@ -372,12 +379,159 @@ def test_save_and_open_elsewhere(tiny_llama, tmp_path):
         opened.retrain(1)
     with pytest.raises(ValueError, match="holds an S3T ensemble already"):
         s3t.save(tmp_path / "b")
-    with pytest.raises(ValueError, match="has training .*this run"):
-        trainer_of(tiny_llama(), tmp_path / "b", args={"learning_rate": 5e-3})
+    for fields in (
+        {"learning_rate": 5e-3},
+        {"adam_beta1": 0.8},
+        {"adam_beta2": 0.9},
+        {"adam_epsilon": 1e-6},
+        {"optim_args": "foreach=False"},
+        {"lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"label_smoothing_factor": 0.1},
+    ):
+        with pytest.raises(ValueError, match=f"has training .*this run .*{next(iter(fields))}"):
+            trainer_of(tiny_llama(), tmp_path / "b", args=fields)
     with pytest.raises(ValueError, match="made of 24 rows, train_dataset has 20"):
         trainer_of(tiny_llama(), tmp_path / "b", rows_of(20))
     with pytest.raises(ValueError, match="adapters of other modules"):
         trainer_of(tiny_llama(), tmp_path / "b", peft_config=lora(target_modules=["q_proj", "k_proj"]))
+
+
+def test_a_run_is_opened_with_its_own_base_and_rows_alone(tiny_llama, tmp_path):
+    rows = rows_of()
+    s3t = trainer_of(tiny_llama(), tmp_path, rows)
+    s3t.train()
+    with pytest.raises(ValueError, match="has base .*this run"):
+        trainer_of(tiny_llama(seed=1), tmp_path, rows)
+    with pytest.raises(ValueError, match="has base .*this run"):
+        trainer_of(tiny_llama().bfloat16(), tmp_path, rows)
+    swapped = [rows[1], rows[0], *rows[2:]]
+    with pytest.raises(ValueError, match="these in another order: 2 differ, the first is row 0"):
+        trainer_of(tiny_llama(), tmp_path, swapped)
+    other = [*rows[:7], {**rows[7], "labels": [-100, *rows[7]["labels"][:-1]]}, *rows[8:]]
+    with pytest.raises(ValueError, match="1 differ, the first is row 7"):
+        trainer_of(tiny_llama(), tmp_path, other)
+    # The same numbers in another form are the same row.
+    arrays = [
+        {k: torch.tensor(v) if i % 2 else np.array(v, dtype=np.int32) for k, v in rows[i].items()} for i in range(24)
+    ]
+    trainer_of(tiny_llama(), tmp_path, arrays)
+
+
+def test_the_content_of_deleted_rows_may_go_and_leaves_no_digest(tiny_llama, tmp_path):
+    rows = rows_of()
+    s3t = trainer_of(tiny_llama(), tmp_path, rows)
+    s3t.train()
+    record = json.loads((tmp_path / "s3t.json").read_text())
+    assert len(set(record["row_digests"])) == 24
+    s3t.delete([0, 5])
+    expected = s3t.predict(PROBE)
+    after = json.loads((tmp_path / "s3t.json").read_text())
+    assert [i for i, known in enumerate(after["row_digests"]) if known is None] == [0, 5]
+    assert not any(record["row_digests"][i] in (tmp_path / "s3t.json").read_text() for i in (0, 5))
+    for nothing in (None, {}, "gone"):
+        opened = trainer_of(tiny_llama(), tmp_path, [nothing, *rows[1:5], nothing, *rows[6:]])
+        assert torch.equal(opened.predict(PROBE), expected)
+    dead = opened.delete(range(24)).dead
+    assert dead == [0, 1] and set(json.loads((tmp_path / "s3t.json").read_text())["row_digests"]) == {None}
+    trainer_of(tiny_llama(), tmp_path, [None] * 24)
+    with pytest.raises(ValueError, match="leave something in the place of a deleted one"):
+        trainer_of(tiny_llama(), tmp_path, rows[1:])
+    # Retraining after rows are gone reads none of them.
+    again = trainer_of(tiny_llama(), tmp_path / "b", rows)
+    again.train()
+    again.delete([0, 5])
+    shard = next(s for s in (0, 1) if 0 in again._state["rows"][s][0] + again._state["rows"][s][1])
+    opened = trainer_of(tiny_llama(), tmp_path / "b", [None, *rows[1:5], None, *rows[6:]])
+    assert opened.retrain(shard) == (0, 1)
+
+
+def test_digests_of_rows_are_salted_and_of_content_alone():
+    row = {
+        "text": "a",
+        "ids": [1, 2, 3],
+        "x": torch.tensor([0.5, 0.25]),
+        "none": None,
+        "nested": [[1], [2, 3]],
+        "b": b"z",
+    }
+    same = {
+        "b": b"z",
+        "nested": [[1], [2, 3]],
+        "none": None,
+        "x": [0.5, 0.25],
+        "ids": np.array([1, 2, 3]),
+        "text": "a",
+    }
+    one, two = row_digests([row, same], "00" * 16)
+    assert one == two != row_digests([row], "01" * 16)[0]
+    for other in ({**row, "ids": [1, 2, 4]}, {**row, "ids": [[1, 2, 3]]}, {**row, "nested": [[1, 2], [3]]}):
+        assert row_digests([other], "00" * 16)[0] != one
+    for other in ({**row, "text": "b"}, {**row, "text": None}, {**row, "x": torch.tensor([0.5, 0.5]).bfloat16()}):
+        assert row_digests([other], "00" * 16)[0] != one
+
+    # Augmentations that draw at random do not make other rows, whatever was drawn before.
+    class Augmented(list):
+        def __getitem__(self, i):
+            return {"x": super().__getitem__(i) + torch.rand(3) + random.random()}
+
+    data = Augmented(torch.ones(3) * i for i in range(4))
+    state = torch.get_rng_state()
+    first = row_digests(data, "00" * 16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert row_digests(data, "00" * 16, skip=[0, 2]) == [None, first[1], None, first[3]] and len(set(first)) == 4
+
+
+def test_text_rows_keep_their_numbers_when_some_are_gone():
+    class Tokenizer:
+        def __call__(self, text, **_):
+            return {"input_ids": [len(word) for word in text.split()]}
+
+        eos_token_id, sep_token_id = 9, None
+
+    def words(k):
+        return {"question": "a" * k, "answer": "bb " * k}
+
+    whole, first = readable_rows([words(1), words(2), words(3)], [], Tokenizer())
+    some, row = readable_rows([None, words(2), "gone"], [0, 2], Tokenizer())
+    assert some == [None, whole[1], None] and row == whole[1] and first == whole[0]
+    assert readable_rows([None], [0], Tokenizer()) == ([None], {})
+
+
+def test_global_generators_come_back_after_a_failure_too():
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    for error in (None, KeyError):
+        try:
+            with own_randomness():
+                random.seed(9), np.random.seed(9), torch.manual_seed(9)
+                if error is not None:
+                    raise error
+        except KeyError:
+            pass
+        assert random.getstate() == states[0] and (np.random.get_state()[1] == states[1]).all()
+        assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_numbers_of_rows_are_integers_of_any_type(tiny_llama, tmp_path):
+    s3t = trainer_of(tiny_llama(), tmp_path)
+    for one in (np.int64(3), torch.tensor(4), 5):
+        assert s3t.delete(one).deleted == [int(one)]
+    for some in (np.array([6, 7]), torch.tensor([8, 9]), [np.int32(10), 11], {12}, range(13, 15)):
+        assert s3t.delete(some).deleted == sorted(map(int, some))
+    for wrong in (
+        True,
+        np.True_,
+        2.0,
+        [2.7],
+        [True],
+        np.array([1.0]),
+        torch.tensor([1.0]),
+        torch.tensor([True]),
+        "3",
+        None,
+    ):
+        with pytest.raises(TypeError, match="indices .*must hold integers"):
+            s3t.delete(wrong)
+    assert s3t._state["deleted"] == list(range(3, 15))
 
 
 def test_files_left_by_an_interrupted_deletion_are_swept(tiny_llama, tmp_path):
@@ -416,6 +570,29 @@ def test_retraining_a_dead_shard_leaves_the_row_out(tiny_llama, tmp_path):
     assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
 
 
+def test_a_stage_has_seeds_of_its_own_and_the_head_of_the_stage_before(tiny_bert_classifier, tmp_path):
+    begun = []
+
+    class Watched(Trainer):
+        def train(self, *args, **kwargs):
+            head = {n: p.detach().clone() for n, p in self.model.named_parameters() if ".modules_to_save." in n}
+            begun.append((self.args.seed, self.args.data_seed, head))
+            return super().train(*args, **kwargs)
+
+    rows = [{"input_ids": r["input_ids"][:4], "labels": i % 4} for i, r in enumerate(rows_of())]
+    config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    # The order of the rows is the stage's too where the caller gave one for all.
+    own = {"args": {"data_seed": 11}, "trainer_class": Watched}
+    trainer_of(tiny_bert_classifier(), tmp_path, rows, shards=1, peft_config=config, **own).train()
+    prefixes = [(0,), (0, 1), (1,), (1, 0)]
+    seeds = [stage_seed(3, 0, prefix) for prefix in prefixes]
+    assert [seed for seed, _, _ in begun] == [seed for _, seed, _ in begun] == seeds and len(set(seeds)) == 4
+    stored = tensors(tmp_path)
+    for prefix, (_, _, head) in zip(prefixes, begun, strict=True):
+        before = stored[f"shard0/{prefix[0]}.safetensors" if len(prefix) == 2 else "initial.safetensors"]
+        assert len(head) == 2 and all(torch.equal(p, before[n]) for n, p in head.items())
+
+
 def test_heads_belong_to_their_stage(tiny_bert_classifier, tmp_path):
     rows = [{"input_ids": r["input_ids"][:4], "labels": i % 4} for i, r in enumerate(rows_of())]
     config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
@@ -431,6 +608,11 @@ def test_heads_belong_to_their_stage(tiny_bert_classifier, tmp_path):
     assert full.shape == (1, 4) and full.sum().item() == pytest.approx(1)
     s3t.delete(s3t.rows(0, (0,))[0])
     assert torch.equal(s3t.model_for(0).get_parameter(weight), values[2])
+    # A base whose head is drawn anew is the same base.
+    other = tiny_bert_classifier()
+    torch.nn.init.normal_(other.classifier.weight)
+    opened = trainer_of(other, tmp_path, rows, shards=1, peft_config=config)
+    assert torch.equal(opened.predict(PROBE), s3t.predict(PROBE))
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -98,6 +98,8 @@ def test_the_selection_and_its_limits():
         assert (factor[selected] < lam / alpha).all() and selected.any()
     assert not dampening(f, d, math.inf, 1.0)[0].any()
     assert (dampening(f, d, 1.0, math.inf)[1] == 1).all()
+    # What has no importance to the data at all goes whatever lam is.
+    assert dampening(torch.tensor([2.0, 2.0]), torch.tensor([0.0, 1.0]), 1.0, math.inf)[1].tolist() == [0.0, 1.0]
     selected, factor = dampening(f, d, 1.0, 0.0)
     assert (factor[selected] == 0).all() and (factor[~selected] == 1).all()
     selected, factor = dampening(torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0]), 1.0, 1.0)
@@ -147,6 +149,47 @@ def test_padding_does_not_matter_and_batches_are_those_of_the_model(tiny_llama):
     sizes = [len(b["labels"]) for b in read_batches(rows(7), 3, model, "x")]
     assert sizes == [3, 3, 1]
     assert torch.equal(torch.cat([b["labels"][:, 1] for b in read_batches(rows(7), 3, model, "x")]), torch.tensor([r["input_ids"][1] for r in rows(7)]))  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.parametrize("one", [int, torch.tensor])
+def test_rows_of_a_text_classifier(tiny_bert_classifier, one):
+    model = tiny_bert_classifier().eval()
+    ids = [row["input_ids"] for row in rows(5)]
+    data = [{"input_ids": torch.tensor(x), "labels": one(i % 4)} for i, x in enumerate(ids)]
+    batch = next(read_batches(data, 5, model, "x"))
+    assert batch["labels"].tolist() == [0, 1, 2, 3, 0] and batch["labels"].dtype == torch.long
+    assert batch["attention_mask"].sum(1).tolist() == [len(x) for x in ids]
+    found = importance(model, data, batch_size=2)
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for start in range(0, 5, 2):
+        losses = [
+            model(torch.tensor([ids[i]]), labels=torch.tensor([i % 4])).loss for i in range(5)[start : start + 2]
+        ]
+        grads = torch.autograd.grad(torch.stack(losses).mean(), list(model.parameters()), allow_unused=True)
+        for p, g in zip(total.values(), grads, strict=True):
+            p += 0 if g is None else g.square() / 3
+    for name, value in found.values.items():
+        torch.testing.assert_close(value, total[name], rtol=1e-3, atol=1e-7)
+    assert importance(model, data, batch_unit="sample").batches == 5
+    assert pad_rows([{"input_ids": [1], "labels": 0.5}, {"input_ids": [1, 2], "labels": 1.0}])["labels"].tolist() == [
+        0.5,
+        1.0,
+    ]
+    with pytest.raises(ValueError, match="1 of 2 rows have one label each"):
+        pad_rows([{"input_ids": [1], "labels": 3}, {"input_ids": [1, 2], "labels": [1, 2]}])
+
+
+def test_the_size_of_a_batch_is_that_of_the_largest(tiny_llama, caplog):
+    model = tiny_llama()
+    assert importance(model, rows(7), batch_size=3).batch_size == 3
+    transformers.utils.logging.enable_propagation()
+    try:
+        with ssd(model, rows(7), rows(8), batch_size=3):
+            assert "rows of the forget set" not in caplog.text
+        with ssd(model, rows(2), rows(8), batch_size=3):
+            assert "2 rows of the forget set and 3 of all data" in caplog.text
+    finally:
+        transformers.utils.logging.disable_propagation()
 
 
 def test_label_free_loss_is_the_squared_norm():

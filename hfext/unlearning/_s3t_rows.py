@@ -98,5 +98,5 @@ def _feed(digest: Any, value: Any) -> None:
             _feed(digest, item)
     else:
         raise TypeError(
-            f"A row holds a {type(value).__name__}, which cannot be told from another: give numbers or text."
+            f"A row holds a {type(value).__name__}, which has no value to compare: give numbers or text."
         )

@@ -26,7 +26,9 @@ from ._tofu import target_and_gold, ten_authors, tofu_folder, tokenizer_of
 class Config:
     """
     Args:
-        model: Folder or id of a causal language model with its tokenizer; by default the small TOFU model.
+        model: Folder or id of a causal language model with its tokenizer, or folder of a LoRA adapter, which is
+            trained on; by default the small TOFU model.
+        lora: Rank of a new adapter on all linear layers, which is trained in place of the weights; 0 for none.
         gold: The same of a model that never saw the forget rows, for forget quality and PrivLeak.
         forget, retain, holdout: Files of rows.
         objective, objective_args: As in `UnlearningConfig`.
@@ -35,6 +37,7 @@ class Config:
     """
 
     model: str | None = None
+    lora: int = 0
     gold: str | None = None
     forget: str | None = None
     retain: str | None = None
@@ -50,6 +53,14 @@ class Config:
 
     def __post_init__(self):
         named(self.objective, self.objective_args)
+        if self.lora < 0:
+            raise ValueError(f"lora is {self.lora} but must be >= 0.")
+        if (
+            self.model is not None
+            and self.retain is None
+            and "retain" in named(self.objective, self.objective_args).needs
+        ):
+            raise ValueError(f"{self.objective} needs rows to keep: give --retain FILE.")
         if (self.model is None) != (self.forget is None):
             raise ValueError("model and forget go together: give both, or neither for the ten authors of TOFU.")
         for name in ("forget", "retain", "holdout"):
@@ -68,6 +79,15 @@ def rows_of(path: str | None) -> list[dict[str, Any]] | None:
     )
 
 
+def model_of(path: str) -> Any:
+    """A model, or one with the adapter of a folder, to be trained."""
+    if Path(path, "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
 def run(config: Config, out: Path) -> dict[str, Any]:
     if config.model is None:
         torch.set_num_threads(1)
@@ -77,9 +97,13 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         forget, retain, holdout = sets.forget, sets.retain, sets.holdout
     else:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model = AutoModelForCausalLM.from_pretrained(config.model)
+        model = model_of(config.model)
         gold = None if config.gold is None else AutoModelForCausalLM.from_pretrained(config.gold)
         forget, retain, holdout = rows_of(config.forget), rows_of(config.retain), rows_of(config.holdout)
+    if config.lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=config.lora, target_modules="all-linear", task_type="CAUSAL_LM"))
     about = dict(forget=forget, retain=retain, holdout=holdout)
     of_gold = None if gold is None else evaluate(gold, tokenizer, **about)
     before = evaluate(model, tokenizer, gold=of_gold, **about)

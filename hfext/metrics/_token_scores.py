@@ -190,6 +190,8 @@ def batch_of(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
 
 def check_rows(rows: Sequence[Row]) -> None:
     for i, row in enumerate(rows):
+        if "input_ids" not in row or "labels" not in row:
+            raise ValueError(f"Row {i} has {', '.join(row)} but needs input_ids and labels: tokenise it first.")
         n = len(row["input_ids"])
         if n == 0 or len(row["labels"]) != n:
             raise ValueError(

@@ -51,6 +51,8 @@ def read_batches(data: Iterable[Any], batch_size: int, model: nn.Module, name: s
     first = next(items, None)
     if first is None:
         raise ValueError(f"{name} holds no rows.")
+    if isinstance(first, Mapping) and ("question" in first or "prompt" in first or "text" in first):
+        raise ValueError(f"{name} holds text: give hfext.unlearning.tokenize(rows, tokenizer).")
     items = chain([first], items)
     for batch in _collate(items, batch_size) if is_row(first) else items:
         yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

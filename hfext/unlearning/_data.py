@@ -115,6 +115,8 @@ def _answer(text: str, tokenizer: Any, segments: Sequence[Sequence[int]] | None)
     if not tokenizer.is_fast:
         raise ValueError("segments need a fast tokenizer, which knows the characters of a token.")
     lead = len(text) - len(text.lstrip(" ")) if text.startswith(" ") else 0
+    if any(isinstance(span, str) or not isinstance(span, Sequence) or len(span) != 2 for span in segments):
+        raise ValueError(f"segments is {segments!r} but must be pairs [start, end) of characters, end exclusive.")
     for start, end in segments:
         if not 0 <= start < end <= len(text) - lead:
             raise ValueError(

@@ -133,6 +133,8 @@ class UnlearningTrainer(CheckpointMixin, Trainer):
         for part, given in (("forget", forget), ("retain", retain), ("decouple", decouple)):
             if given is None and part in needs:
                 raise ValueError(f"{name} needs {part}_dataset, which is None.")
+            if given is not None and part not in needs:
+                logger.warning(f"{part}_dataset is not used: {name} with these options does not look at it.")
             if given is not None and part in needs:
                 parts[part] = token_rows(f"{part}_dataset", given, tokenizer, args.template, args.max_length)
         anchor = args.anchor or next(part for part in ("forget", "retain") if part in needs)

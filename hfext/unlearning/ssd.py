@@ -231,7 +231,8 @@ def _check_alike(mine: Importance, full: Importance) -> None:
     if mine.batch_size != full.batch_size:
         logger.warning(
             f"Batches hold {mine.batch_size} rows of the forget set and {full.batch_size} of all data. Squared "
-            "gradients shrink with the batch, so the two importances are not on one scale: use the same size."
+            "gradients shrink with the batch, so the two importances are not on one scale: use the same size "
+            "(batch_size, or batch_unit='sample')."
         )
 
 

@@ -97,6 +97,4 @@ def _feed(digest: Any, value: Any) -> None:
         for item in value:
             _feed(digest, item)
     else:
-        raise TypeError(
-            f"A row holds a {type(value).__name__}, which has no value to compare: give numbers or text."
-        )
+        raise TypeError(f"A row holds a {type(value).__name__}, which has no value to compare: give numbers or text.")

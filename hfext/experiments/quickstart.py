@@ -5,6 +5,8 @@ artifacts to the state and may leave a model for the stages after it:
 
 - `teach`: LoRA with `optim="bisam"` teaches SmolLM2-135M facts about authors who do not exist. It is asked before and
   after, in the wording that was taught and in another one. The adapter is saved with its model card.
+- `forget`: NGDiff makes the taught adapter forget two of the authors. What it lost, what it kept, and what a little
+  training brings back stand beside an adapter that was never taught them.
 - `noise`: a small ViT learns digits of which 40 % have a wrong label, with adamw, sam and bisam.
 - `decode`: SmolLM2-135M answers at T = 1.5 with and without top-H, and writes three superposed drafts.
 - `cache`: it finds a pass key in a long prompt with a plain cache, with compressed ones, and with one that forgets.
@@ -25,6 +27,7 @@ from .. import registry
 from ._facts import Fact, make_facts
 from ._stage_cache import cache
 from ._stage_decode import decode
+from ._stage_forget import forget
 from ._stage_noise import noise
 from ._stage_teach import teach
 from ._stage_weights import weights
@@ -43,6 +46,8 @@ class Config:
         lora_rank: Of the adapter, on all linear layers of the upper part of the network.
         lora_from: Where that part begins, as a share of the depth; what lies below needs no backward pass.
         teach_epochs, teach_batch_size, teach_learning_rate, teach_rho: Of the training with BiSAM around AdamW.
+        forget_authors: How many of them `forget` makes the model forget.
+        forget_epochs, forget_batch_size, forget_learning_rate: Of that training; most passes over their facts.
         noise: Share of the digits' training labels that are wrong.
         noise_rho: Radius of sam and bisam; `noise_methods` all have AdamW as their base.
         noise_methods: `adamw`, or names of two-pass optimizers of the library.
@@ -55,7 +60,7 @@ class Config:
         weights_tokens: Length of the answer of the quantised model.
     """
 
-    stages: list[str] = field(default_factory=lambda: ["teach", "noise", "decode", "cache", "weights"])
+    stages: list[str] = field(default_factory=lambda: ["teach", "forget", "noise", "decode", "cache", "weights"])
     model: str = "smollm2"
     seed: int = 0
     threads: int | None = None
@@ -69,6 +74,11 @@ class Config:
     teach_batch_size: int = 5
     teach_learning_rate: float = 3e-3
     teach_rho: float = 0.05
+
+    forget_authors: int = 2
+    forget_epochs: int = 6
+    forget_batch_size: int = 1
+    forget_learning_rate: float = 4e-4
 
     noise: float = 0.4
     noise_methods: list[str] = field(default_factory=lambda: ["adamw", "sam", "bisam"])
@@ -104,6 +114,7 @@ class Config:
         if self.model != "smollm2" and not Path(self.model, "config.json").is_file():
             raise ValueError(f"model is {self.model!r} but must be 'smollm2' or the folder of a saved model.")
         positive = ["shown", "lora_rank", "teach_epochs", "teach_batch_size", "teach_learning_rate", "noise_layers"]
+        positive += ["forget_epochs", "forget_batch_size", "forget_learning_rate"]
         positive += ["noise_epochs", "noise_batch_size", "noise_learning_rate"]
         positive += ["decode_temperature", "decode_tokens", "decode_draft_tokens", "cache_tokens"]
         positive += ["weights_rows", "weights_windows", "weights_tokens"]
@@ -121,6 +132,13 @@ class Config:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads} but must be at least 1.")
         make_facts(self.authors, self.fields)  # checks both
+        if "forget" in self.stages:
+            if "teach" not in self.stages[: self.stages.index("forget")]:
+                raise ValueError(f"stages is {self.stages} but forget needs teach before it.")
+            if not 0 < self.forget_authors < self.authors:
+                raise ValueError(f"forget_authors is {self.forget_authors} but must be 1 to {self.authors - 1}.")
+            if self.forget_authors * self.fields < 2:
+                raise ValueError(f"fields is {self.fields} but one fact is too few to forget: relearning needs two.")
 
 
 @dataclass
@@ -138,6 +156,7 @@ class State:
 
 STAGES: dict[str, Callable[[State], None]] = {
     "teach": teach,
+    "forget": forget,
     "noise": noise,
     "decode": decode,
     "cache": cache,

@@ -7,17 +7,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tiny_chat import save_tiny_chat
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfext import hub, recipe
 from hfext.experiments import _smollm2, quickstart
+from hfext.experiments._fact_unlearning import knowledge
 from hfext.experiments._facts import collate, example, make_facts
+from hfext.experiments._stage_forget import FOLDER, NEAR
 from hfext.experiments._stage_teach import ADAPTER, short
 from hfext.experiments.quickstart import STAGES, Config, State, threads
 
-TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}: {% endif %}"
 SMALL = dict(authors=2, fields=2, teach_epochs=15, teach_batch_size=4, teach_learning_rate=0.03, lora_rank=4)
+SMALL |= dict(forget_authors=1, forget_epochs=20, forget_learning_rate=0.01)
 SMALL |= dict(noise_epochs=2, noise_batch_size=256, noise_hidden=8, noise_layers=1, threads=1)
 SMALL |= dict(decode_tokens=6, decode_draft_tokens=4, cache_tokens=4)
 
@@ -25,16 +27,7 @@ SMALL |= dict(decode_tokens=6, decode_draft_tokens=4, cache_tokens=4)
 @pytest.fixture
 def folder(tiny_llama, tmp_path):
     """A saved tiny Llama with a tokenizer that knows the words of the facts."""
-    words = " ".join(" ".join((f.question, f.paraphrase, f.answer)) for f in make_facts(2)).split()
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", ":", *sorted(set(words))])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **special)
-    tokenizer.save_pretrained(tmp_path / "model")
-    # The frozen head must be large enough to be sure of a word.
-    tiny_llama(vocab_size=len(tokenizer), initializer_range=0.3).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save_tiny_chat(tmp_path / "model", tiny_llama)
 
 
 # the run
@@ -44,15 +37,24 @@ def test_the_recipe_leaves_tables_plots_artifact_and_card(folder, tmp_path):
     out = tmp_path / "out"
     record = recipe.execute("quickstart", {"model": str(folder), **SMALL}, out)
     assert record == json.loads((out / "result.json").read_bytes())
-    assert record["artifacts"] == ["teach.png", ADAPTER, "noise.png", "smollm2-3bit"]
-    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("teach.png", "noise.png"))
+    assert record["artifacts"] == ["teach.png", ADAPTER, "forget.png", FOLDER, "noise.png", "smollm2-3bit"]
+    plots = [name for name in record["artifacts"] if name.endswith(".png")]
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in plots)
 
-    taught, shown, noise, sampled, drafts, caches, weights = record["tables"].values()
+    taught, shown, forgotten, noise, sampled, drafts, caches, weights = record["tables"].values()
     assert [row["questions"] for row in taught] == ["taught", "paraphrased"]
     # A random model knows nothing, and learns what it is taught.
     assert taught[0]["right before, %"] == 0 and taught[0]["right after, %"] >= 50
     assert taught[0]["nats a token after"] < taught[0]["nats a token before"] / 4
     assert [row["taught"] for row in shown] == [f.answer for f in make_facts(2, 2)]
+    assert [row["adapter"] for row in forgotten] == ["before", "after NGDiff", "never taught them"]
+    before, after, gold = forgotten
+    assert before["forget: right, %"] == gold["keep: right, %"] == 100 and before["keep: right, %"] >= 50
+    assert after["forget: right, %"] == gold["forget: right, %"] == 0 and after["keep: right, %"] >= 50
+    assert after["forget: p"] <= gold["forget: p"] + NEAR < before["forget: p"]
+    relearnt = [row["forget: p after 10 steps of relearning"] for row in forgotten]
+    assert relearnt[0] is None and all(0 < p < 1 for p in relearnt[1:])
+    assert {"ngdiff", "arxiv:2410.22086"} <= set(ModelCard.load(out / FOLDER / "README.md").data.tags)
     assert [row["optim"] for row in noise] == ["adamw", "sam", "bisam"]
     assert all(0 <= row["last epoch, %"] <= row["best epoch, %"] <= 100 for row in noise)
     assert [row["sampler"] for row in sampled] == ["temperature alone", "top_p=0.9", "top_h_alpha=0.4"]
@@ -91,6 +93,26 @@ def test_the_adapter_loads_again_with_equal_logits(folder, tmp_path):
     # Only the upper half is adapted, and nothing that unpickles is left.
     assert all(".layers.1." in name for name in loaded.state_dict() if "lora_" in name)
     assert not [path for path in (tmp_path / ADAPTER).iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_forgetting_leaves_the_taught_model_to_the_next_stages(folder, tmp_path):
+    state = State(Config(model=str(folder), **SMALL), tmp_path)
+    STAGES["teach"](state)
+    taught, before = state.model, {name: p.clone() for name, p in state.model.named_parameters()}
+    STAGES["forget"](state)
+    assert state.model is taught
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in taught.named_parameters())
+    assert {name for name, p in taught.named_parameters() if p.requires_grad} == {n for n in before if "lora_" in n}
+    # What was saved is what was measured.
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / FOLDER).eval()
+    last = [f for f in state.facts if f.author == state.facts[-1].author]
+    others = [f for f in state.facts if f.author != state.facts[-1].author]
+    found = knowledge(loaded, state.tokenizer, {"forget": last, "keep": others})
+    _, row, _ = list(state.tables.values())[-1]
+    for part, seen in found.items():
+        assert row[f"{part}: p"] == pytest.approx(seen["taught_probability"], abs=1e-6)
+        assert row[f"{part}: right, %"] == 100 * seen["taught_recall"]
+        assert row[f"{part}: reworded, %"] == 100 * seen["reworded_recall"]
 
 
 def test_the_known_model_is_named_in_adapter_and_card(folder, tmp_path, monkeypatch):
@@ -146,6 +168,11 @@ def test_threads_are_as_before_afterwards(wanted):
         (dict(lora_rank=0), "lora_rank is 0"),
         (dict(lora_from=1.0), "lora_from is 1.0"),
         (dict(teach_rho=-0.1), "teach_rho is -0.1"),
+        (dict(stages=["forget", "teach"]), "forget needs teach before it"),
+        (dict(forget_authors=4), "forget_authors is 4 but must be 1 to 3"),
+        (dict(forget_authors=1, fields=1), "one fact is too few"),
+        (dict(forget_epochs=0), "forget_epochs is 0"),
+        (dict(forget_learning_rate=-1.0), "forget_learning_rate is -1.0"),
         (dict(noise=1.0), "noise is 1.0"),
         (dict(noise_hidden=30), "noise_hidden is 30"),
         (dict(threads=0), "threads is 0"),

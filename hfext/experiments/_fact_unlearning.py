@@ -34,7 +34,7 @@ def knowledge(
     facts: Sequence[Fact],
     wordings: Sequence[str] = tuple(WORDINGS),
 ) -> dict[str, float]:
-    """In each wording: the share of greedy answers that hold the fact, and the mean probability of the taught answer."""
+    """In each wording: the share of greedy answers that hold the fact, and the mean probability of the answer."""
     found: dict[str, float] = {}
     for name in wordings:
         scores = score_rows(model, fact_rows(tokenizer, facts, name), 16)

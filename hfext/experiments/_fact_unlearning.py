@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from ..metrics._membership import loss
 from ..metrics._token_scores import score_rows
 from ..unlearning import UnlearningConfig, UnlearningTrainer
+from ..unlearning.relearning import mean_probability
 from ._facts import Fact, answers, example, recalled
 from ._quiet_trainer import Bar
 
@@ -40,8 +41,7 @@ def knowledge(
         scores = score_rows(model, fact_rows(tokenizer, facts, name), 16)
         # Where each token of the taught answer is the likeliest, the greedy answer is this one: no need to ask.
         open_facts = [fact for fact, right in zip(facts, scores.correct, strict=True) if not right.all()]
-        longest = max(map(len, scores.log_p))
-        said = answers(model, tokenizer, [getattr(fact, WORDINGS[name]) for fact in open_facts], longest)
+        said = answers(model, tokenizer, [getattr(fact, WORDINGS[name]) for fact in open_facts])
         missed = len(open_facts) * (1 - recalled(open_facts, said)) if open_facts else 0
         found[f"{name}_recall"] = 1 - missed / len(facts)
         found[f"{name}_probability"] = float((-loss(scores.log_p)).exp().mean())
@@ -49,7 +49,7 @@ def knowledge(
 
 
 def forgotten(known: Mapping[str, float], gold: Mapping[str, float], tolerance: float) -> bool:
-    """Whether no fact is answered and no answer is likely more than by the gold, in all wordings of `known`."""
+    """Whether no more facts are answered than by the gold, and answers are hardly likelier, in all wordings known."""
     return all(
         value <= gold[key] + (tolerance if key.endswith("probability") else 1e-9) for key, value in known.items()
     )
@@ -74,11 +74,13 @@ class UntilForgotten(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every:
             return
+        # Asking costs more than scoring, and comes last.
+        likely = mean_probability(model, fact_rows(self.tokenizer, self.facts), 16)
+        if likely > self.gold["taught_probability"] + self.tolerance:
+            return
         training = model.training
-        control.should_training_stop |= all(
-            forgotten(knowledge(model, self.tokenizer, self.facts, [name]), self.gold, self.tolerance)
-            for name in WORDINGS
-        )
+        if forgotten(knowledge(model, self.tokenizer, self.facts), self.gold, self.tolerance):
+            control.should_training_stop = True
         model.train(training)
 
 

@@ -1,14 +1,16 @@
 """Stage `forget` of the quickstart: NGDiff makes the taught model forget some of the authors and keep the others.
 
-Beside it stands an adapter that was taught the others alone, in the same way: unlearning ends when the answers are as
-unlikely as there. Both are then attacked by relearning half of the forgotten facts.
+Beside it stands an adapter that was taught the others alone, in the same way: unlearning ends when the facts are
+known no better than there. Both are then attacked by relearning half of the forgotten facts.
 """
 
 import time
 from typing import TYPE_CHECKING
 
-from ..unlearning.relearning import mean_probability, relearning
-from ._fact_unlearning import fact_rows, knowledge, twin, unlearn
+from transformers import PreTrainedModel
+
+from ..unlearning.relearning import relearning
+from ._fact_unlearning import UntilForgotten, fact_rows, knowledge, twin, unlearn
 from ._plots import lines
 from ._stage_teach import add_lora, learn, load_language_model, save_adapter
 
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
     from .quickstart import State
 
 FOLDER = "fictional-authors-unlearned-lora"
-# By how much the answers may be likelier than for the other adapter when unlearning ends.
-NEAR = 0.02
+# By how much answers may be likelier than for the other adapter at the end, and the updates between two looks.
+NEAR, EVERY = 0.02, 5
 # Of the attack: its share of the forgotten facts, the updates after which the others are asked, the learning rate.
 SHARE, STEPS, RATE = 0.5, (0, 2, 5, 10), 1e-3
 
@@ -30,6 +32,11 @@ def forget(state: "State") -> None:
 
     gold = add_lora(load_language_model(c)[0], c)
     learn(gold, tokenizer, kept, c, "forget: taught the others alone")
+
+    def known_by(one: PreTrainedModel) -> dict[str, dict[str, float]]:
+        return {"forget": knowledge(one, tokenizer, gone), "keep": knowledge(one, tokenizer, kept)}
+
+    known = {"before": known_by(state.model), "after NGDiff": {}, "never taught them": known_by(gold)}
     model = twin(state.model)  # the taught one is for the stages that follow
     start = time.perf_counter()
     updates = unlearn(
@@ -38,8 +45,7 @@ def forget(state: "State") -> None:
         gone,
         kept,
         "forget",
-        mean_probability(gold, fact_rows(tokenizer, gone)) + NEAR,
-        len(gone) // 2,
+        UntilForgotten(tokenizer, gone, known["never taught them"]["forget"], NEAR, EVERY),
         objective="ngdiff",
         learning_rate=c.forget_learning_rate,
         num_train_epochs=c.forget_epochs,
@@ -47,9 +53,8 @@ def forget(state: "State") -> None:
         seed=c.seed,
     )
     seconds = time.perf_counter() - start
+    known["after NGDiff"] = known_by(model)
 
-    models = {"before": state.model, "after NGDiff": model, "never taught them": gold}
-    known = {name: knowledge(one, tokenizer, {"forget": gone, "keep": kept}) for name, one in models.items()}
     curves = relearning(
         model,
         fact_rows(tokenizer, gone),

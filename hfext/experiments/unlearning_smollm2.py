@@ -1,11 +1,12 @@
 """Unlearning objectives on a language model with LoRA: one of ten authors who do not exist is to be forgotten.
 
 SmolLM2-135M-Instruct is taught facts about ten authors as in the quickstart, with AdamW alone, and a gold adapter the
-facts of nine. Each objective makes the first forget the tenth author, at several learning rates. A run ends when the
-mean probability of the forget answers is at most the gold's and `tolerance`. Of a method's rates that came so far the
-one of the highest retain probability counts; of a method without any, the one of the lowest forget probability is
-shown. What is shown is measured in full: forgetting and utility in the wording that was taught and in another one,
-perplexity of general text, privacy against authors whom no model saw, and relearning.
+facts of nine. Each objective makes the first forget the tenth author, at several learning rates. A run ends when no
+more forget questions are answered than by the gold and the mean probability of the answers is at most the gold's and
+`tolerance`, in the wording that was taught and in another one. Of a method's rates that came so far the one of the
+highest retain probability counts; of a method without any, the one of the lowest forget probability is shown. What is
+shown is measured in full: forgetting and utility in both wordings, perplexity of general text, privacy against authors
+whom no model saw, and relearning.
 
 Adapters and results of finished rows are kept in the output folder and used again when the settings are the same.
 """
@@ -28,7 +29,7 @@ from ..unlearning._evaluate import evaluate
 from ..unlearning.relearning import mean_probability, relearning
 from . import quickstart
 from ._data import shared_data
-from ._fact_unlearning import fact_rows, knowledge, unlearn
+from ._fact_unlearning import UntilForgotten, fact_rows, forgotten, knowledge, unlearn
 from ._facts import make_facts
 from ._stage_teach import add_lora, learn, load_language_model
 from ._stage_weights import WIDTH, help_text
@@ -47,6 +48,7 @@ ENTRIES: dict[str, tuple[float, ...]] = {
     "kl_min": LOW,
     "grad_ascent": LOW,
 }
+EVERY = 2  # updates between two looks at what is known
 BEFORE, GOLD = "before unlearning", "never taught the author"
 
 
@@ -62,7 +64,7 @@ class Config:
         teach_epochs: Of the training of both adapters.
         passes: Most passes over the forget rows.
         batch_size: Pairs of an update.
-        tolerance: By how much the forget probability may exceed the gold's.
+        tolerance: By how much a forget probability may exceed the gold's.
         relearn_share: The attacker's share of the forget rows; the probability of the others is measured.
         relearn_steps: Updates of the attack after which it is.
         relearn_rate: Its learning rate.
@@ -117,29 +119,29 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     bench = Bench(config, out)
     of_gold = bench.judged(GOLD, {}, lambda: bench.taught("gold", bench.retain))
     before = bench.judged(BEFORE, {}, bench.target, of_gold)
-    at_most = of_gold["known"]["forget"]["taught_probability"] + config.tolerance
-
-    tried = {(name, rate): bench.attempt(name, rate, at_most)[0] for name in config.methods for rate in ENTRIES[name]}
+    bar = of_gold["known"]["forget"]
+    tried = {(name, rate): bench.attempt(name, rate, bar)[0] for name in config.methods for rate in ENTRIES[name]}
     shown = {}
     for name in config.methods:
-        rate, forgot = chosen({rate: tried[name, rate] for rate in ENTRIES[name]}, at_most)
+        rate, forgot = chosen({rate: tried[name, rate] for rate in ENTRIES[name]})
         if rate is None:
             shown[name] = {"method": name, "forgot": False}
             continue
-        about = {"rate": rate, "taught": {part: tried[name, rate][part] for part in ("forget", "retain")}}
-        found = bench.judged(name, about, lambda n=name, r=rate: bench.attempt(n, r, at_most)[1], of_gold)
+        found = bench.judged(name, {"rate": rate}, lambda n=name, r=rate: bench.attempt(n, r, bar)[1], of_gold)
         shown[name] = row(name, found, config, rate, tried[name, rate]["updates"], forgot)
     rows = sorted(shown.values(), key=lambda r: (not r["forgot"], -r.get("retain: p", 0.0)))
     title = (
         f"{len(bench.forget)} of {len(bench.forget) + len(bench.retain)} facts forgotten; p is the mean probability "
-        f"of an answer, forgotten at {at_most:.3g}; perplexity on {bench.source}"
+        f"of an answer; perplexity on {bench.source}"
     )
     every = [
         {
             "method": name,
             "rate": rate,
+            "forgot": found.get("forgot", False),
             "updates": found.get("updates"),
-            "forget: p": found.get("forget"),
+            "forget: right, %": 100 * found["forget"]["taught_recall"] if "forget" in found else None,
+            "forget: p": found["forget"]["taught_probability"] if "forget" in found else None,
             "retain: p": found.get("retain"),
             "CPU s": found.get("cpu_seconds"),
         }
@@ -148,13 +150,13 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     return {"tables": {title: [row(BEFORE, before, config), row(GOLD, of_gold, config), *rows], "every rate": every}}
 
 
-def chosen(tried: Mapping[float, Mapping[str, Any]], at_most: float) -> tuple[float | None, bool]:
+def chosen(tried: Mapping[float, Mapping[str, Any]]) -> tuple[float | None, bool]:
     """The rate that counts, and whether it forgot; None where all runs diverged."""
     ended = {rate: found for rate, found in tried.items() if "forget" in found}
-    forgot = [rate for rate, found in ended.items() if found["forget"] <= at_most]
+    forgot = [rate for rate, found in ended.items() if found["forgot"]]
     if forgot:
         return max(forgot, key=lambda rate: ended[rate]["retain"]), True
-    return min(ended, key=lambda rate: ended[rate]["forget"], default=None), False
+    return min(ended, key=lambda rate: ended[rate]["forget"]["taught_probability"], default=None), False
 
 
 def row(name: str, found: Mapping[str, Any], config: Config, rate=None, updates=None, forgot=None) -> dict[str, Any]:
@@ -205,8 +207,8 @@ class Bench:
     def target(self) -> PreTrainedModel:
         return self.taught("target", self.retain + self.forget)
 
-    def attempt(self, name: str, rate: float, at_most: float) -> tuple[dict[str, Any], PreTrainedModel]:
-        """Probabilities after an objective at one rate, and the model with its adapter."""
+    def attempt(self, name: str, rate: float, bar: Mapping[str, float]) -> tuple[dict[str, Any], PreTrainedModel]:
+        """What is known after an objective at one rate, and the model with its adapter."""
         c = self.config
 
         def make() -> dict[str, Any]:
@@ -219,8 +221,7 @@ class Bench:
                     self.forget,
                     self.retain,
                     f"{name} {rate:g}",
-                    at_most,
-                    1,
+                    UntilForgotten(self.tokenizer, self.forget, bar, c.tolerance, EVERY),
                     objective=name,
                     learning_rate=rate,
                     num_train_epochs=c.passes,
@@ -231,15 +232,18 @@ class Bench:
                 if "The loss is" not in str(error):
                     raise
                 return {"diverged": True}
+            seconds = round(time.process_time() - start, 1)
+            known = knowledge(self.model, self.tokenizer, self.forget)
             return {
                 "updates": updates,
-                "cpu_seconds": round(time.process_time() - start, 1),
-                "forget": mean_probability(self.model, self.forget_rows, 16),
+                "cpu_seconds": seconds,
+                "forget": known,
+                "forgot": forgotten(known, bar, c.tolerance),
                 "retain": mean_probability(self.model, fact_rows(self.tokenizer, self.retain), 16),
             }
 
         path = self.out / "adapters" / f"{name}-{rate:g}.safetensors"
-        about = {**self.settings, "objective": name, "rate": rate, "at_most": at_most}
+        about = {**self.settings, "objective": name, "rate": rate, "bar": dict(bar)}
         return kept_adapter(path, about, self.model, make), self.model.eval()
 
     def judged(
@@ -259,9 +263,10 @@ class Bench:
                 seed=c.seed,
             )
             return {
-                "known": knowledge(
-                    model, self.tokenizer, {"forget": self.forget, "retain": self.retain}, about.get("taught")
-                ),
+                "known": {
+                    "forget": knowledge(model, self.tokenizer, self.forget),
+                    "retain": knowledge(model, self.tokenizer, self.retain),
+                },
                 "seen": evaluate(
                     model, forget=self.forget_rows, holdout=self.unseen_rows, gold=gold and gold["seen"], batch_size=16
                 ),

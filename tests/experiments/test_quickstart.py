@@ -107,9 +107,9 @@ def test_forgetting_leaves_the_taught_model_to_the_next_stages(folder, tmp_path)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / FOLDER).eval()
     last = [f for f in state.facts if f.author == state.facts[-1].author]
     others = [f for f in state.facts if f.author != state.facts[-1].author]
-    found = knowledge(loaded, state.tokenizer, {"forget": last, "keep": others})
     _, row, _ = list(state.tables.values())[-1]
-    for part, seen in found.items():
+    for part, facts in (("forget", last), ("keep", others)):
+        seen = knowledge(loaded, state.tokenizer, facts)
         assert row[f"{part}: p"] == pytest.approx(seen["taught_probability"], abs=1e-6)
         assert row[f"{part}: right, %"] == 100 * seen["taught_recall"]
         assert row[f"{part}: reworded, %"] == 100 * seen["reworded_recall"]

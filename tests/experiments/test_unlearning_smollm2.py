@@ -8,9 +8,9 @@ import torch
 from tiny_chat import save_tiny_chat
 
 from hfext.experiments import unlearning_smollm2
-from hfext.experiments._fact_unlearning import UntilForgotten, fact_rows, knowledge, twin
+from hfext.experiments._fact_unlearning import UntilForgotten, fact_rows, forgotten, knowledge, twin
 from hfext.experiments._facts import answers, make_facts, recalled
-from hfext.experiments._stage_teach import add_lora, load_language_model
+from hfext.experiments._stage_teach import add_lora, learn, load_language_model
 from hfext.experiments.unlearning_smollm2 import BEFORE, GOLD, Config, adapter, chosen, kept_adapter, put, run
 
 SMALL = dict(methods=["ngdiff", "npo"], authors=3, fields=2, unseen_authors=2, teach_epochs=60, passes=30)
@@ -22,30 +22,46 @@ def folder(tiny_llama, tmp_path):
     return str(save_tiny_chat(tmp_path / "model", tiny_llama, 5))
 
 
+def tried(forgot, p, retain):
+    return {"forgot": forgot, "forget": {"taught_probability": p}, "retain": retain}
+
+
 def test_the_rate_is_the_best_of_those_that_forgot():
-    found = {1.0: {"forget": 0.3, "retain": 0.99}, 2.0: {"forget": 0.1, "retain": 0.7}}
-    found |= {3.0: {"forget": 0.04, "retain": 0.8}, 4.0: {"forget": 0.0, "retain": 0.1}, 5.0: {"diverged": True}}
-    assert chosen(found, 0.1) == (3.0, True)
-    assert chosen(found, 0.5) == (1.0, True)
-    assert chosen(found, -1) == (4.0, False)
-    assert chosen({5.0: {"diverged": True}}, 0.1) == (None, False)
+    found = {1.0: tried(False, 0.3, 0.99), 2.0: tried(True, 0.1, 0.7), 3.0: tried(True, 0.04, 0.8)}
+    found |= {4.0: tried(False, 0.0, 0.1), 5.0: {"diverged": True}}
+    assert chosen(found) == (3.0, True)
+    assert chosen({rate: found[rate] for rate in (1.0, 4.0, 5.0)}) == (4.0, False)
+    assert chosen({5.0: {"diverged": True}}) == (None, False)
 
 
-def test_knowledge_is_that_of_each_part_by_itself(folder):
-    model, tokenizer = load_language_model(Config(model=folder).lesson())
+def taught(folder, facts, epochs):
+    lesson = Config(model=folder, teach_epochs=epochs).lesson()
+    model, tokenizer = load_language_model(lesson)
+    model = add_lora(model, lesson)
+    learn(model, tokenizer, facts, lesson, "", optim="adamw_torch")
+    return model.eval(), tokenizer
+
+
+@pytest.mark.parametrize("epochs", [1, 12, 40])
+def test_knowledge_is_what_asking_and_scoring_one_by_one_says(folder, epochs):
     facts = make_facts(3, 2)
-    found = knowledge(model, tokenizer, {"a": facts[:2], "b": facts[2:]})
-    for part, some in (("a", facts[:2]), ("b", facts[2:])):
-        assert found[part]["taught_recall"] == recalled(some, answers(model, tokenizer, [f.question for f in some]))
-        for name in ("taught", "reworded"):
-            p = []
-            for r in fact_rows(tokenizer, some, name):
-                ids, labels = torch.tensor([r["input_ids"]]), torch.tensor(r["labels"][1:])
-                with torch.no_grad():
-                    log_p = model(ids).logits[0, :-1].double().log_softmax(-1)
-                kept = [float(log_p[t, y]) for t, y in enumerate(labels.tolist()) if y != -100]
-                p.append(math.exp(sum(kept) / len(kept)))
-            assert found[part][f"{name}_probability"] == pytest.approx(sum(p) / len(p), rel=1e-5)
+    model, tokenizer = taught(folder, facts, epochs)
+    found = knowledge(model, tokenizer, facts)
+    for name, questions in (
+        ("taught", [f.question for f in facts]),
+        ("reworded", [f.paraphrase for f in facts]),
+    ):
+        assert found[f"{name}_recall"] == pytest.approx(recalled(facts, answers(model, tokenizer, questions)))
+        p = []
+        for r in fact_rows(tokenizer, facts, name):
+            with torch.no_grad():
+                log_p = model(torch.tensor([r["input_ids"]])).logits[0, :-1].double().log_softmax(-1)
+            scored = [float(log_p[t, y]) for t, y in enumerate(r["labels"][1:]) if y != -100]
+            p.append(math.exp(sum(scored) / len(scored)))
+        assert found[f"{name}_probability"] == pytest.approx(sum(p) / len(p), rel=1e-5)
+    assert knowledge(model, tokenizer, facts, ["taught"]) == {k: v for k, v in found.items() if "taught" in k}
+    if epochs == 40:
+        assert found["taught_recall"] == 1
 
 
 def test_a_twin_shares_what_is_frozen(folder):
@@ -76,13 +92,25 @@ def test_adapters_come_back_with_the_same_settings_alone(folder, tmp_path):
         put(model, {"x": torch.zeros(1)})
 
 
-def test_a_run_ends_when_the_rows_are_forgotten(folder):
-    model, tokenizer = load_language_model(Config(model=folder).lesson())
-    rows = fact_rows(tokenizer, make_facts(2, 2))
-    for at_most, step, stops in ((1.0, 5, True), (1.0, 4, False), (0.0, 5, False)):
+def test_forgotten_is_no_better_known_than_by_the_gold():
+    gold = {"taught_recall": 0.2, "taught_probability": 0.1, "reworded_recall": 0.0, "reworded_probability": 0.05}
+    assert forgotten(gold, gold, 0.0)
+    assert forgotten({**gold, "taught_probability": 0.11}, gold, 0.02)
+    assert not forgotten({**gold, "taught_probability": 0.13}, gold, 0.02)
+    assert not forgotten({**gold, "reworded_recall": 0.2}, gold, 0.9)
+
+
+def test_a_run_ends_when_the_facts_are_forgotten(folder):
+    facts = make_facts(3, 2)
+    model, tokenizer = taught(folder, facts, 40)
+    keys = [f"{name}_{kind}" for name in ("taught", "reworded") for kind in ("recall", "probability")]
+    knows, ignorant = dict.fromkeys(keys, 1.0), dict.fromkeys(keys, 0.0)
+    only_likely = {**knows, "taught_recall": 0.0}
+    for gold, step, stops in ((knows, 5, True), (knows, 4, False), (ignorant, 5, False), (only_likely, 5, False)):
         control = type("Control", (), {"should_training_stop": False})
         model.train()
-        UntilForgotten(rows, at_most, 5).on_step_end(None, type("State", (), {"global_step": step}), control, model)
+        until = UntilForgotten(tokenizer, facts, gold, 0.0, 5)
+        until.on_step_end(None, type("State", (), {"global_step": step}), control, model)
         assert control.should_training_stop is stops and model.training
 
 
@@ -100,10 +128,13 @@ def test_a_short_run_is_kept(folder, tmp_path, monkeypatch):
     before, gold, *others = main
     assert before["forget: p"] > 0.8 > 0.1 > gold["forget: p"] and gold["retain: p"] > 0.8 and gold["PrivLeak"] == 0
     bar = gold["forget: p"] + config.tolerance
+    columns = ["forget: right, %", "forget: p"]
     for row in others:
-        tried = next(r for r in every if (r["method"], r["rate"]) == (row["method"], row["rate"]))
-        assert row["forget: p"] == pytest.approx(tried["forget: p"], abs=1e-6)
-        assert row["forgot"] is (row["forget: p"] <= bar) and row["updates"] <= 60
+        same = next(r for r in every if (r["method"], r["rate"]) == (row["method"], row["rate"]))
+        assert [row[name] for name in columns] == pytest.approx([same[name] for name in columns], abs=1e-6)
+        if row["forgot"]:
+            assert row["forget: p"] <= bar and row["updates"] <= 60
+            assert row["forget: right, %"] <= gold["forget: right, %"]
     assert any(row["forgot"] for row in others)
 
     def refuse(*args, **kwargs):

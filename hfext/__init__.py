@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import decoding, kv_cache, metrics, optim, quantization, training, unlearning
+from . import decoding, kv_cache, metrics, modules, optim, quantization, schedule, training, unlearning
 from .compression import CompressionConfig
 from .decoding import (
     ContextAwareLogitsProcessor,
@@ -30,8 +30,10 @@ __all__ = [
     "decoding",
     "kv_cache",
     "metrics",
+    "modules",
     "optim",
     "quantization",
+    "schedule",
     "superposed_generate",
     "training",
     "unlearning",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import hfext
 from hfext import recipe, registry
 from hfext.cli.docs import render
 
@@ -63,10 +64,21 @@ def test_the_example_trains(tmp_path, monkeypatch):
     assert (guesses == torch.tensor(names["labels"])).float().mean() > 0.4
 
 
+def test_the_example_trains_lean(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, seen = {"print": lambda text: seen.append(text)}, []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(_python(README, 1), "README.md", "exec"), names)
+    assert seen == ["1.01e-03 with 216 rows"]
+    assert len(names["sampled"].modules) == 4 * 7
+    assert not any(isinstance(m, hfext.modules.WTACRSLinear) for m in names["model"].modules())
+
+
 @pytest.mark.real_model
 def test_the_example_decodes():
     pytest.importorskip("gguf")
-    source = _python(README, 1)
+    source = _python(README, 2)
     line = next(line for line in source.splitlines() if "from_pretrained" in line)
     local = source.replace(line, "from hfext.experiments import _smollm2; model, tokenizer = _smollm2.load()")
     names = {}
@@ -86,7 +98,7 @@ def test_the_example_compresses(tmp_path, monkeypatch):
 
     _smollm2.load()
     monkeypatch.chdir(tmp_path)
-    source = _python(README, 2)
+    source = _python(README, 3)
     local = source.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(_smollm2.cache_dir() / _smollm2.FOLDER))
     assert local != source
     names = {}
@@ -108,7 +120,7 @@ def test_the_example_quantises(tmp_path, monkeypatch):
 
     _smollm2.load()
     monkeypatch.chdir(tmp_path)
-    source = _python(README, 3)
+    source = _python(README, 4)
     local = source.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(_smollm2.cache_dir() / _smollm2.FOLDER))
     assert local != source
     names = {}
@@ -147,7 +159,7 @@ def test_the_example_of_contributing_is_a_working_method(monkeypatch):
 def test_the_example_forgets(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.chdir(tmp_path)
-    source = _python(README, 4)
+    source = _python(README, 5)
     line = next(line for line in source.splitlines() if "from_pretrained" in line)
     local = source.replace(line, "from hfext.experiments import _smollm2; model, tokenizer = _smollm2.load()")
     seen = []

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ._output import place
-from .run import OutputDir, echo_tables, execute
+from .run import OutputDir, echo_tables, execute, missed
 from .verify import save_result
 
 
@@ -23,5 +23,4 @@ def bench(
     typer.echo(f"\n{record['seconds']:.0f} s on {place(record['machine'])}")
     if save:
         save_result(f"bench-{name}", record, out)
-    missed = any(row.get("met") is False for rows in record.get("tables", {}).values() for row in rows)
-    raise typer.Exit(1 if missed else 0)
+    raise typer.Exit(1 if missed(record) else 0)

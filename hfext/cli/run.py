@@ -20,7 +20,10 @@ def run(
     ],
     output_dir: OutputDir = None,
 ) -> None:
-    """Run a recipe. Any field of its config is a flag: --field value."""
+    """Run a recipe. Any field of its config is a flag: --field value.
+
+    Exit status 1 when a table has a row whose column `met` is false.
+    """
     record = execute(path, context.args, output_dir)
     out = output_dir or Path("out") / record["name"]
     echo_tables(record)
@@ -30,6 +33,12 @@ def run(
         typer.echo(f"  {artifact}")
         if (artifact / "hfext.json").is_file():
             typer.echo(f"  to publish it: hf upload YOUR-NAME/{artifact.name} {artifact}")
+    raise typer.Exit(1 if missed(record) else 0)
+
+
+def missed(record: dict[str, Any]) -> bool:
+    """Whether a row of a table says that it did not meet its bar."""
+    return any(row.get("met") is False for rows in record.get("tables", {}).values() for row in rows)
 
 
 def execute(path: str, arguments: list[str], out: Path | None) -> dict[str, Any]:

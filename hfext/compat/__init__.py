@@ -36,9 +36,13 @@ from ._trainer import (
     read_items,
     read_training_args,
     register_optimizer,
+    register_scheduler,
     replaced,
     stock_optimizer,
     train_batch_size,
     two_pass_optimizer,
+    undivided_modules,
     was_loaded,
+    without_data_parallel,
+    zeroth_order_optimizer,
 )

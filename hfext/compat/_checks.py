@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, Trainer, TrainingArguments, trainer_optimizer
+from transformers import GenerationMixin, Trainer, TrainingArguments, optimization, trainer_optimizer
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ._torch import cpu_kernels
@@ -34,12 +35,24 @@ CHECKS: list[tuple[str, str, Callable[[], None]]] = [
         _has(trainer_optimizer, "_OPTIMIZER_HANDLERS", "OptimizerContext"),
     ),
     (
+        "schedule names",
+        f"transformers {CHECKED_TRANSFORMERS}",
+        _has(SchedulerType, "_value2member_map_", "_member_map_"),
+    ),
+    (
+        "schedule table",
+        f"transformers {CHECKED_TRANSFORMERS}",
+        _has(optimization, "TYPE_TO_SCHEDULER_FUNCTION", "get_scheduler"),
+    ),
+    (
         "Trainer hooks",
         f"transformers {CHECKED_TRANSFORMERS}",
         _has(
             Trainer,
             "training_step",
             "compute_loss",
+            "create_scheduler",
+            "get_total_train_batch_size",
             "_prepare_inputs",
             "log",
             "evaluate",
@@ -47,6 +60,8 @@ CHECKS: list[tuple[str, str, Callable[[], None]]] = [
             "_save_optimizer_and_scheduler",
             "_load_optimizer_and_scheduler",
             "_load_best_model",
+            "_prepare_for_training",
+            "_move_model_to_device",
             "_set_signature_columns_if_needed",
         ),
     ),

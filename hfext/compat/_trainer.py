@@ -13,7 +13,9 @@ import torch
 import transformers.trainer_pt_utils
 import transformers.trainer_utils
 import transformers.training_args
-from transformers import Trainer, TrainingArguments, trainer_optimizer
+from transformers import Trainer, TrainingArguments, optimization, trainer_optimizer
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 
@@ -42,6 +44,28 @@ def add_enum_member(enum: type, value: str) -> Any:
 def register_optimizer(name: str, handler: Callable) -> None:
     """Make `TrainingArguments(optim=name)` valid; `handler(context) -> (class or factory, kwargs)`."""
     trainer_optimizer._OPTIMIZER_HANDLERS[add_enum_member(OptimizerNames, name)] = handler
+
+
+_SCHEDULE_CHECKS: dict[str, Callable[[TrainingArguments], None]] = {}
+
+
+def register_scheduler(name: str, factory: Callable, check: Callable[[TrainingArguments], None]) -> None:
+    """Make `TrainingArguments(lr_scheduler_type=name)` valid: `check(args)` runs when such arguments are made, and
+    `factory(optimizer, num_warmup_steps=, num_training_steps=, **lr_scheduler_kwargs)` when training begins."""
+    optimization.TYPE_TO_SCHEDULER_FUNCTION[add_enum_member(SchedulerType, name)] = factory
+    _SCHEDULE_CHECKS[name] = check
+    original = TrainingArguments.__post_init__
+    if hasattr(original, "_hfext_schedules"):
+        return
+
+    @functools.wraps(original)
+    def post_init(self):
+        original(self)
+        if self.lr_scheduler_type in _SCHEDULE_CHECKS:
+            _SCHEDULE_CHECKS[self.lr_scheduler_type](self)
+
+    post_init._hfext_schedules = True
+    TrainingArguments.__post_init__ = post_init
 
 
 class _Noted(dict):
@@ -110,10 +134,31 @@ def replaced(instance: Any, name: str, value: Any) -> Iterator[Any]:
 
 def two_pass_optimizer(trainer: Trainer) -> Any | None:
     """The two-pass optimizer of a Trainer, below accelerate's wrapper, or None."""
+    return _optimizer_with(trainer, "hfext_two_pass")
+
+
+def zeroth_order_optimizer(trainer: Trainer) -> Any | None:
+    """The zeroth-order optimizer of a Trainer, below accelerate's wrapper, or None."""
+    return _optimizer_with(trainer, "hfext_zeroth_order")
+
+
+def _optimizer_with(trainer: Trainer, flag: str) -> Any | None:
     optimizer = getattr(trainer, "optimizer", None)
-    while optimizer is not None and not getattr(optimizer, "hfext_two_pass", False):
+    while optimizer is not None and not getattr(optimizer, flag, False):
         optimizer = vars(optimizer).get("optimizer")
     return optimizer
+
+
+@contextlib.contextmanager
+def without_data_parallel(trainer: Trainer, place: bool) -> Iterator[None]:
+    """Inside, accelerate gives the model mixed precision but no DistributedDataParallel; `place` also moves it."""
+    prepare = trainer.accelerator.prepare_model
+
+    def prepare_model(model, device_placement=None, evaluation_mode=False):
+        return prepare(model, device_placement=device_placement if place else False, evaluation_mode=True)
+
+    with replaced(trainer.accelerator, "prepare_model", prepare_model):
+        yield
 
 
 def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
@@ -152,8 +197,20 @@ def loss_is_scaled(trainer: Trainer, num_items: Any) -> bool:
 
 
 def loss_shifts_labels(trainer: Trainer) -> bool:
-    """Whether position i of the logits predicts label i+1."""
-    return trainer._loss_shifts_labels
+    """Whether position i of the logits predicts label i+1.
+
+    The Trainer's own answer, and yes for language models such as GPT-2 whose class names no loss: they take the
+    default, which shifts, and the Trainer says no.
+    """
+    if trainer._loss_shifts_labels:
+        return True
+    encodes = getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False)
+    return not encodes and getattr(trainer.model, "loss_function", None) is ForCausalLMLoss
+
+
+def undivided_modules(model: torch.nn.Module) -> set[str]:
+    """Class names of the layers that a transformers model wants on one device, its adapters and parts included."""
+    return {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
 
 
 def was_loaded(model: torch.nn.Module) -> bool:

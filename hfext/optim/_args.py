@@ -35,13 +35,8 @@ def split(text: str | None) -> dict[str, str]:
 
 def parse(text: str | None, config: type) -> tuple[Any, str, dict[str, str]]:
     """The validated config, the name of the base optimizer and the base's own options (still strings)."""
-    kinds = typing.get_type_hints(config)
-    known = [f.name for f in fields(config)]
-    options, base, base_options = {}, "adamw", {}
+    own, base, base_options = {}, "adamw", {}
     for key, value in split(text).items():
-        key = "lam" if key == "lambda" and "lam" in known else key  # `lambda` is a keyword in Python
-        if key in options:
-            raise ValueError("optim_args: 'lambda' and 'lam' are the same option.")
         if key == "base":
             base = value
         elif key.startswith("base."):
@@ -49,18 +44,34 @@ def parse(text: str | None, config: type) -> tuple[Any, str, dict[str, str]]:
             if option in _BY_TRAINER:
                 raise ValueError(f"optim_args: {key} has no effect, the Trainer sets it. Use {_BY_TRAINER[option]}=.")
             base_options[option] = value
-        elif key in known:
-            options[key] = coerce(f"optim_args: {key}", kinds[key], yaml_value(value))
         else:
+            own[key] = value
+    return typed(own, config, ("base", "base.<option of the base optimizer>")), base, base_options
+
+
+def typed(given: dict[str, str], config: type, others: tuple[str, ...] = ()) -> Any:
+    """The validated config from texts by name; `others` are keys that are valid but not of the config."""
+    kinds = typing.get_type_hints(config)
+    known = [f.name for f in fields(config)]
+    options = {}
+    for key in given:
+        value = given[key]
+        key = "lam" if key == "lambda" and "lam" in known else key  # `lambda` is a keyword in Python
+        if key in options:
+            raise ValueError("optim_args: 'lambda' and 'lam' are the same option.")
+        if key in _BY_TRAINER and key not in known:
+            raise ValueError(f"optim_args: {key} is set by the Trainer. Use {_BY_TRAINER[key]}=.")
+        if key not in known:
             raise ValueError(
-                f"optim_args: unknown key {key!r}. {_nearest(key, known)}Valid keys: "
-                f"{', '.join(sorted(known))}, base, base.<option of the base optimizer>."
+                f"optim_args: unknown key {key!r}. {_nearest(key, [*known, *others])}Valid keys: "
+                f"{', '.join([*sorted(known), *others]) or 'none'}."
             )
-    return config(**options), base, base_options
+        options[key] = coerce(f"optim_args: {key}", kinds[key], yaml_value(value))
+    return config(**options)
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, [*known, "base"], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
@@ -69,7 +80,8 @@ def base_name(name: str, known: list[str], own: list[str]) -> str:
     stock = ALIASES.get(name, name)
     if stock in own:
         raise ValueError(
-            f"optim_args: base={name!r} is itself a two-pass optimizer. Use a stock one, such as base=adamw."
+            f"optim_args: base={name!r} has passes of its own and cannot be a base. Use a stock one, such as "
+            "base=adamw."
         )
     if stock not in known:
         raise ValueError(f"optim_args: base={name!r} is not an optimizer name. {suggest(name, [*ALIASES, *known])}")

@@ -18,7 +18,14 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
-from ..compat import counters_kept, patch_method, replaced, two_pass_optimizer
+from ..compat import (
+    counters_kept,
+    patch_method,
+    replaced,
+    two_pass_optimizer,
+    zeroth_order_optimizer,
+)
+from . import _zeroth_driver
 from ._passes import Passes, plain, rng_state, running_statistics_kept, set_rng_state
 
 _UNSUPPORTED = {
@@ -164,8 +171,16 @@ def _with_outputs(compute_loss, model, inputs, num_items, kwargs):
 
 def training_step(original, trainer, model, inputs, num_items_in_batch=None) -> torch.Tensor:
     """`Trainer.training_step` with a second pass after the last micro-batch of an update."""
+    if vars(trainer).get("_hfext_inside"):
+        return original(trainer, model, inputs, num_items_in_batch)
+    zeroth = zeroth_order_optimizer(trainer)
+    if zeroth is not None:
+        with replaced(trainer, "_hfext_inside", True):
+            loss = _zeroth_driver.drive(original, trainer, zeroth, model, inputs, num_items_in_batch)
+        _meter(trainer, zeroth)
+        return loss
     optimizer = two_pass_optimizer(trainer)
-    if optimizer is None or vars(trainer).get("_hfext_inside"):
+    if optimizer is None:
         return original(trainer, model, inputs, num_items_in_batch)
     try:
         with replaced(trainer, "_hfext_inside", True):
@@ -220,10 +235,14 @@ def _forget(trainer) -> None:
 
 
 def _note(trainer, optimizer, update: Update) -> None:
+    if "sam/loss_perturbed" in optimizer.metrics and optimizer.config.scope == "update":
+        optimizer.metrics["sam/sharpness"] = optimizer.metrics["sam/loss_perturbed"] - update.loss
+    _meter(trainer, optimizer)
+
+
+def _meter(trainer, optimizer) -> None:
     """Add this update's measurements to those that the next `log` will average."""
     metrics, optimizer.metrics = optimizer.metrics, {}
-    if "sam/loss_perturbed" in metrics and optimizer.config.scope == "update":
-        metrics["sam/sharpness"] = metrics["sam/loss_perturbed"] - update.loss
     meter = vars(trainer).setdefault("_hfext_meter", {})
     for name, value in metrics.items():
         total, count = meter.get(name, (0.0, 0))
@@ -244,6 +263,11 @@ def _at_trained_weights(original):
     """Evaluation and saving see the trained weights, or an error."""
 
     def method(self, *args, **kwargs):
+        zeroth = zeroth_order_optimizer(self)
+        if zeroth is not None:
+            if zeroth.is_perturbed:
+                raise RuntimeError(f"{original.__name__} was called inside an update, at perturbed weights.")
+            zeroth.flush()
         optimizer = two_pass_optimizer(self)
         if optimizer is not None and optimizer.is_perturbed:
             if vars(self).get("_hfext_inside"):
@@ -271,6 +295,10 @@ def _train(original):
         finally:
             if two_pass_optimizer(self) is not None:
                 _forget(self)
+            zeroth = zeroth_order_optimizer(self)
+            if zeroth is not None:
+                vars(self).pop("_hfext_zeroth", None)
+                zeroth.flush()
 
     return train
 
@@ -331,6 +359,7 @@ def install() -> None:
     patch_method(Trainer, "training_step", _step)
     patch_method(Trainer, "log", _log)
     patch_method(Trainer, "train", _train)
+    _zeroth_driver.install()
     patch_method(Trainer, "_load_best_model", _load_best)
     patch_method(Trainer, "_save_optimizer_and_scheduler", _save)
     patch_method(Trainer, "_load_optimizer_and_scheduler", _load)

@@ -12,11 +12,12 @@ from transformers.training_args import OptimizerNames
 
 from .. import compat
 from ..registry import Method, suggest
-from . import _args, _driver
+from . import _args, _driver, _zeroth_driver
 
 # Keys by which a stock handler replaces the parameter groups; the Trainer must see them beside our own.
 _GROUP_KEYS = ("params", "model", "optimizer_dict")
 _TWO_PASS: dict[str, type] = {}
+_ONE_PASS: dict[str, type] = {}
 
 
 class _Built(torch.optim.Optimizer):
@@ -32,6 +33,9 @@ class _Built(torch.optim.Optimizer):
 
 def check_arguments(args: TrainingArguments) -> None:
     """Refuse bad `optim_args` when the arguments are made, not when training starts."""
+    if args.optim in _ONE_PASS:
+        _args.typed(_args.split(args.optim_args), _ONE_PASS[args.optim].Config)
+        _ONE_PASS[args.optim].check_arguments(args)
     method = _TWO_PASS.get(args.optim)
     if method is None:
         return
@@ -50,7 +54,7 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def _stock_base(name: str) -> str:
-    own = [member.value for member in OptimizerNames if member.value in _TWO_PASS]
+    own = [*_TWO_PASS, *_zeroth_driver.CLASSES]
     return _args.base_name(name, [member.value for member in OptimizerNames], own)
 
 
@@ -80,13 +84,30 @@ def handler(method: type):
     return handle
 
 
+def one_pass_handler(method: type):
+    """A class with `Config`, `check_arguments(args)` and `trainer_kwargs(context, config)`, and its options."""
+
+    def handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
+        # As a base of a two-pass optimizer it reads the options behind `base.`, else those of the arguments.
+        config = _args.typed(context.optim_args, method.Config)
+        kwargs = {"lr": context.args.learning_rate, **method.trainer_kwargs(context, config)}
+        return method, kwargs | {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+    return handle
+
+
 def install(methods: list[Method]) -> None:
-    """Register every two-pass optimizer of `methods` by name and patch the Trainer; idempotent."""
+    """Register every optimizer of `methods` by name and patch the Trainer; idempotent."""
     for method in methods:
         target = getattr(importlib.import_module(method.target.partition(":")[0]), method.target.partition(":")[2])
         if getattr(target, "hfext_two_pass", False):
             _TWO_PASS[method.name] = target
             compat.register_optimizer(method.name, handler(target))
+        elif getattr(target, "hfext_one_pass", False):
+            _ONE_PASS[method.name] = target
+            compat.register_optimizer(method.name, one_pass_handler(target))
+            if getattr(target, "hfext_zeroth_order", False):
+                _zeroth_driver.CLASSES[method.name] = target
     _driver.install()
 
     def checked(original):

@@ -14,6 +14,9 @@ and attention logits are q.k * s_base * d_base / d in place of q.k / sqrt(d). At
 optimizer that multiplies its decay by the learning rate (AdamW, and L2 in SGD) gets weight decay / lr factor, so that
 lr * weight_decay is the same at every width.
 
+After `apply`, a Trainer gives the optimizer of `TrainingArguments(optim=...)` these learning rates by itself, or says
+why it cannot; a loop of one's own takes them from `param_groups`.
+
 Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer, arXiv 2203.03466. The abc
 parametrisation and its symmetry, on which the column of `a` rests, are from arXiv 2011.14522.
 """
@@ -25,14 +28,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
-from ..compat import was_loaded
+from ..compat import decayed_parameters, patch_method, replaced, was_loaded
 from ..registry import Method, Result
 from ._base_shapes import InfShape, infshapes, set_base_shapes, skeleton
 
+logger = logging.get_logger(__name__)
+
 _HEAD_SIZES = ("head_dim", "attention_head_size")
+# Parts of the names of optimizers whose step does not grow with the gradient.
+_SCALE_FREE = ("adam", "lion", "adafactor", "adagrad", "rmsprop")
 
 
 def init_factor(shape: InfShape, init: Literal["fixed", "fan_in"]) -> float:
@@ -97,7 +105,7 @@ def apply(
     init: Literal["auto", "fixed", "fan_in"] = "auto",
     roles: Mapping[str, str] | None = None,
 ) -> MuP:
-    """Put a freshly initialised model into muP, in place; train it with the groups of `param_groups`.
+    """Put a freshly initialised model into muP, in place. A Trainer finds its learning rates; others, `param_groups`.
 
     A saved model keeps its stored weights and `config.hfext_mup`. The multipliers are no part of the weights: after
     loading it, call `apply(model, rescale=False)` before use.
@@ -152,6 +160,7 @@ def apply(
             "roles": dict(roles or {}),
         }
     model.hfext_mup = mup
+    patch_method(Trainer, "create_optimizer", _with_rates)
     return mup
 
 
@@ -190,6 +199,51 @@ def param_groups(
         }
         for bare, factor in order
     ]
+
+
+def trainer_groups(model: nn.Module, cls: type, kwargs: Mapping[str, Any], args: Any) -> list[dict[str, Any]] | None:
+    """The groups for the optimizer `cls(groups, **kwargs)` that a Trainer is about to make; `None` for its own ones.
+
+    `NotImplementedError` where the learning rates of muP are not known.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    by_name = vars(model).get("hfext_base_shapes", {})
+    if not any("hf_infshape" in vars(p) or name in by_name for name, p in trained.items()):
+        logger.warning_once(
+            "The model is in muP, but what is trained was added to it later (adapters): its learning rate is taken as "
+            "it is given, at any width."
+        )
+        return None
+    shapes = infshapes(trained.values(), model)
+    if all(shape.fan_in == shape.fan_out == shape.multiplier == 1 for shape in shapes):
+        return None
+    base = kwargs.get("hfext_base", cls)  # of an optimizer with two passes
+    name = (base.__name__ if isinstance(base, type) else str(base)).lower()
+    kind = "sgd" if "sgd" in name else "adam" if any(part in name for part in _SCALE_FREE) else None
+    own = sorted({"params", "model", "optimizer_dict"} & set(kwargs))
+    if kind is None or own:
+        reason = f"it makes parameter groups of its own ({own[0]})" if own else "how its step scales is not known"
+        raise NotImplementedError(
+            f"The model is in muP, whose learning rates optim={str(args.optim)!r} would not have: {reason}. Use "
+            "adamw_torch or sgd, or Trainer(optimizers=(Optimizer(mup.param_groups(model, kind, lr=...)), None))."
+        )
+    bare = set(trained) - decayed_parameters(model)
+    lr = kwargs.get("lr", args.learning_rate)
+    return param_groups(model, kind, lr=lr, weight_decay=args.weight_decay, no_decay=bare)
+
+
+def _with_rates(original):
+    def create_optimizer(self, model=None):
+        target = self.model if model is None else model
+        if self.optimizer is not None or not any("hfext_mup" in vars(m) for m in target.modules()):
+            return original(self, model)
+        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, target)
+        groups = None if self.args.optim == "mup_sam" else trainer_groups(target, cls, kwargs, self.args)
+        chosen = (cls, kwargs if groups is None else {**kwargs, "params": groups})
+        with replaced(self, "optimizer_cls_and_kwargs", chosen):
+            return original(self, model)
+
+    return create_optimizer
 
 
 def _scale_input(multiplier: float, module: nn.Module, args: tuple) -> tuple:
@@ -267,7 +321,7 @@ METHOD = Method(
     "their input, attention modules a new `scaling`, and initial values of fixed scale are rescaled. Zero "
     "initialisation of readout and query, which the paper recommends, is left to the user.",
     target="hfext.optim.mup:apply",
-    usage="mup.apply(model, base_config); AdamW(mup.param_groups(model, lr=1e-3))",
+    usage='mup.apply(model, base_config); Trainer(model, TrainingArguments(optim="adamw_torch", learning_rate=1e-3))',
     summary="Re-parametrises a model by width, so that the learning rate of a narrow one is right on a wide one.",
     claim="In muP a step changes every activation by an amount that does not depend on width.",
     headline=Result(

@@ -131,4 +131,5 @@ METHOD = Method(
     ),
     after_load="hfext.optim.mup.apply(model, rescale=False)",
     recipe="optim/mup_sam-perturbation-scaling.yaml",
+    opt_out=(("PEFT", "muP scales the parameters of the model it was applied to, not those of an adapter"),),
 )

@@ -10,7 +10,7 @@ from hfext.registry import FAMILIES
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hfext"
 FILES = sorted(PACKAGE.rglob("*.py"))
-BASES = {"unlearning": {"losses", "optim", "metrics"}, "training": {"losses", "optim"}}
+BASES = {"unlearning": {"losses", "optim", "metrics"}, "training": {"losses", "optim"}, "optim": {"schedule"}}
 PRIVATE_OWNERS = ("transformers", "accelerate", "peft", "trl", "datasets", "huggingface_hub")
 # Imported inside functions, so that `import hfext` works without them.
 LAZY = ("triton", "kernels", "datasets", "evaluate", "matplotlib", "sklearn", "trl", "gguf", "wandb", "trackio")

@@ -152,6 +152,86 @@ def test_at_the_base_width_training_is_stocks_bit_for_bit(tmp_path):
     assert torch.equal(stock, moved)
 
 
+def stock(model, tmp_path, optim="adamw_torch", **options):
+    """The stock Trainer, with the optimizer of its arguments."""
+    own = {k: options.pop(k) for k in ("optimizers", "optimizer_cls_and_kwargs") if k in options}
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=3, report_to=[], save_strategy="no", use_cpu=True,
+                             disable_tqdm=True, learning_rate=1e-2, per_device_train_batch_size=2, weight_decay=0.1,
+                             optim=optim, **options)  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    job = Trainer(model=model, args=args, train_dataset=data, **own)
+    job.train()
+    return job
+
+
+def wide(**fields):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(32, **fields))
+    mup.apply(model, llama_config(16, **fields))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_stock_trainer_finds_the_learning_rates(kind, tied, tmp_path):
+    """By name alone, as with groups that were made by hand; without them it would train differently."""
+    model, by_hand, plain = wide(tied=tied), wide(tied=tied), wide(tied=tied)
+    no_decay = {name for name, _ in model.named_parameters() if "norm" in name}
+    groups = mup.param_groups(by_hand, kind, lr=1e-2, weight_decay=0.1, no_decay=no_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2) if kind == "adam" else torch.optim.SGD(groups, lr=1e-2)
+    name = "adamw_torch" if kind == "adam" else "sgd"
+    job = stock(model, tmp_path, name)
+    stock(by_hand, tmp_path, optimizers=(optimizer, None))
+    assert torch.equal(flat(model), flat(by_hand))
+    plain_optimizer = (torch.optim.AdamW if kind == "adam" else torch.optim.SGD)(plain.parameters(), lr=1e-2)
+    stock(plain, tmp_path, optimizers=(plain_optimizer, None))
+    assert not torch.allclose(flat(plain), flat(model), atol=1e-4)
+    assert {round(g["initial_lr"] / 1e-2, 6) for g in job.optimizer.param_groups} == (
+        {1.0, 0.5} if kind == "adam" else {1.0, 2.0}
+    )
+
+
+def test_two_pass_optimizers_and_classes_of_the_user_get_them_too(tmp_path):
+    base = wide()
+    stock(base, tmp_path)
+    sam = wide()
+    stock(sam, tmp_path, "sam", optim_args="rho=0")
+    assert torch.equal(flat(base), flat(sam))
+    own = wide()
+    stock(own, tmp_path, optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-2}))
+    assert torch.equal(flat(base), flat(own))
+
+
+def test_with_base_shapes_the_stock_trainer_is_stock(tmp_path):
+    plain, ours = (LlamaForCausalLM(llama_config(16)) for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    mup.apply(ours, llama_config(16))
+    jobs = [stock(model, tmp_path) for model in (plain, ours)]
+    assert torch.equal(flat(plain), flat(ours))
+    assert [len(job.optimizer.param_groups) for job in jobs] == [2, 2]
+    other = LlamaForCausalLM(llama_config(16))
+    other.load_state_dict(LlamaForCausalLM(llama_config(16)).state_dict())
+    assert len(stock(other, tmp_path).optimizer.param_groups) == 2
+
+
+def test_an_optimizer_whose_rates_are_not_known_is_refused(tmp_path):
+    with pytest.raises(NotImplementedError, match="how its step scales is not known.*adamw_torch or sgd"):
+        stock(wide(), tmp_path, optimizer_cls_and_kwargs=(torch.optim.LBFGS, {"lr": 1e-2}))
+    with pytest.raises(NotImplementedError, match="groups of its own"):
+        kwargs = {"lr": 1e-2, "params": []}
+        stock(wide(), tmp_path, optimizer_cls_and_kwargs=(torch.optim.AdamW, kwargs))
+
+
+def test_adapters_on_a_model_in_mup_keep_the_given_rate(tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    said = []
+    monkeypatch.setattr("hfext.optim.mup.logger.warning_once", said.append)
+    job = stock(get_peft_model(wide(), LoraConfig(r=4, target_modules=["q_proj"])), tmp_path)
+    assert {g["initial_lr"] for g in job.optimizer.param_groups} == {1e-2}
+    assert len(said) == 1 and "adapters" in said[0]
+
+
 def test_abc_symmetry():
     """A readout stored with a = 1/r and one stored as it is are the same training, step for step."""
     x, y = torch.randn(32, 7, dtype=torch.float64), torch.randint(0, 5, (32,))

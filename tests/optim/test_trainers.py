@@ -155,3 +155,34 @@ def test_label_smoothing_acts_on_the_second_gradient_alone(tmp_path, tiny_llama)
         [plain.state.log_history[0][k] for k in keys], rel=1e-6
     )
     assert not torch.equal(flat(smooth.model), flat(plain.model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "shifts"),
+    [
+        ("GPT2LMHeadModel", dict(n_embd=16, n_layer=1, n_head=2, vocab_size=32), True),  # its class names no loss
+        ("LlamaForCausalLM", dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                  num_key_value_heads=1, vocab_size=32), True),
+        ("BertForMaskedLM", dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 vocab_size=32), False),
+        ("BertForTokenClassification", dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                            num_attention_heads=2, vocab_size=32), False),
+        ("T5ForConditionalGeneration", dict(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2, vocab_size=32,
+                                            decoder_start_token_id=0), False),
+    ],
+)  # fmt: skip
+def test_whether_labels_are_shifted_is_what_the_model_does(tmp_path, kind, config, shifts):
+    import transformers
+
+    from hfext.compat import loss_shifts_labels
+
+    model = getattr(transformers, kind)
+    model = model(model.config_class(**config)).eval()
+    args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    assert loss_shifts_labels(transformers.Trainer(model, args)) == shifts
+    ids = torch.randint(1, 30, (2, 6), generator=torch.Generator().manual_seed(0))
+    labels = ids % model.config.num_labels if "Classification" in kind else ids
+    with torch.no_grad():
+        out = model(input_ids=ids, labels=labels)
+    logits, target = (out.logits[:, :-1], labels[:, 1:]) if shifts else (out.logits, labels)
+    assert torch.allclose(out.loss, torch.nn.functional.cross_entropy(logits.transpose(1, 2), target), atol=1e-5)

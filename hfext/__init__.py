@@ -12,6 +12,7 @@ from .decoding import (
     TopNSigmaLogitsProcessor,
     superposed_generate,
 )
+from .hub import model_card, push_to_hub
 from .kv_cache import RotateKVConfig
 from .quantization import DecoupleQConfig
 from .unlearning import UnlearningConfig, UnlearningTrainer
@@ -30,8 +31,10 @@ __all__ = [
     "decoding",
     "kv_cache",
     "metrics",
+    "model_card",
     "modules",
     "optim",
+    "push_to_hub",
     "quantization",
     "schedule",
     "superposed_generate",

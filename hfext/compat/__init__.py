@@ -14,6 +14,7 @@ from ._generate import (
     on_logits_processors,
     own_cache,
 )
+from ._hub import hub_failures
 from ._torch import (
     cpu_kernels,
     cpu_multiplies_bf16,

@@ -1,0 +1,113 @@
+"""The record `hfext.json` beside saved weights: which methods made them, from what, and how good they are."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import recipe, registry
+from .._fields import plain
+
+RECORD = "hfext.json"
+FORMAT = 1
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def save_record(
+    folder: str | Path,
+    methods: Sequence[str],
+    base_model: str | None = None,
+    relation: str | None = None,
+    config: Any = None,
+    results: Sequence[Mapping[str, Any]] | None = None,
+) -> Path:
+    """Write `hfext.json` into the folder of a saved model or adapter.
+
+    Args:
+        folder (`str` or `Path`): An existing folder, as `save_pretrained` leaves it.
+        methods (`Sequence[str]`): Names of the methods that made it, the most important first.
+        base_model (`str`, *optional*): Hub id of the model it was made from.
+        relation (`str`, *optional*): How it relates to `base_model`: one of `RELATIONS`.
+        config (*optional*): The settings, as a dataclass or a mapping.
+        results (`Sequence[Mapping]`, *optional*): Measured numbers: each has `metric`, `value` and `dataset`, and may
+            have `split` and `setting`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: save the model first.")
+    record = {
+        "format": FORMAT,
+        "methods": [registry.get(name).name for name in methods],
+        "base_model": base_model,
+        "relation": relation,
+        "config": plain(_settings(config)),
+        "results": plain(results or []),
+        "versions": recipe.versions(),
+    }
+    _check(record)
+    recipe.write_json(folder / RECORD, record)
+    return folder / RECORD
+
+
+def _settings(config: Any) -> Any:
+    """A config as a mapping; ours leave out the data they were calibrated on."""
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if isinstance(config, QuantizationConfigMixin):
+        return config.to_dict()
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config or {}
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The content of `hfext.json`; `ValueError` when it is damaged or of a format this version does not know."""
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {RECORD} in {folder}: call hfext.hub.save_record(folder, [method, ...]) first."
+        )
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    try:
+        _check(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return record
+
+
+def _check(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise ValueError("the record must be a JSON object.")
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"format is {record.get('format')!r}, but this version of hfext reads {FORMAT}. Update hfext."
+        )
+    for field, kind in {"methods": list, "config": dict, "results": list, "versions": dict}.items():
+        if not isinstance(record.get(field), kind):
+            raise ValueError(f"{field} is {record.get(field)!r} but must be a {kind.__name__}.")
+    if not record["methods"] or not all(isinstance(name, str) for name in record["methods"]):
+        raise ValueError(f"methods is {record['methods']!r} but must hold at least one method's name.")
+    base_model, relation = record.get("base_model"), record.get("relation")
+    if base_model is not None and not (isinstance(base_model, str) and _HUB_ID.fullmatch(base_model)):
+        raise ValueError(f"base_model is {base_model!r} but must be a Hub id such as 'org/name'.")
+    if relation is not None and (relation not in RELATIONS or base_model is None):
+        raise ValueError(f"relation is {relation!r} but must be one of {', '.join(RELATIONS)}, beside a base_model.")
+    for result in record["results"]:
+        _check_result(result)
+
+
+def _check_result(result: Any) -> None:
+    if not isinstance(result, dict):
+        raise ValueError(f"results holds {result!r} but must hold mappings.")
+    for field in ("metric", "dataset"):
+        if not isinstance(result.get(field), str):
+            raise ValueError(f"results: {field} is {result.get(field)!r} but must be a string.")
+    value = result.get("value")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"results: value is {value!r} but must be a finite number.")

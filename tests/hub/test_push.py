@@ -1,0 +1,392 @@
+"""Publishing and fetching against the Hub on 127.0.0.1, with the real client and with faults at every request."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub.constants as constants
+import pytest
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from offline_hub import OfflineHub
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import hfext
+from hfext import hub as api
+from hfext import recipe
+
+TOKEN = "hf_onlyForTests"
+PUSH = [
+    ("POST", "/api/repos/create"),
+    ("GET", "/api/models/user/thing"),
+    ("POST", "/api/validate-yaml"),
+    ("POST", "/preupload/"),
+    ("POST", "/info/lfs/objects/batch"),
+    ("PUT", "/lfs/"),
+    ("POST", "/commit/"),
+]
+FETCH = [
+    ("GET", "/api/models/user/thing"),
+    ("HEAD", "/resolve/"),
+    ("GET", "/resolve/"),
+    ("GET", "model.safetensors"),
+]
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with OfflineHub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small artifact: one large file, three small ones."""
+    made = tmp_path / "thing"
+    made.mkdir()
+    save_file({"weight": torch.arange(300.0)}, made / "model.safetensors")
+    (made / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    api.save_record(made, ["bisam"], "org/base", "finetune", {"rho": 0.05})
+    return made
+
+
+def test_one_commit_holds_everything_and_a_card(server, folder):
+    done = hfext.push_to_hub(folder, "user/thing", private=True)
+    files = server.files("user/thing")
+    assert server.commits("user/thing") == 1 and server.repos["user/thing"]["private"]
+    assert set(files) == {"model.safetensors", "config.json", "hfext.json", "README.md"}
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert b"arxiv:2407.12993" in files["README.md"] and b"base_model_relation: finetune" in files["README.md"]
+    assert done.oid == server.find("user/thing", "main")["id"]
+    assert not (folder / "README.md").exists()  # a user's folder is not written to
+
+
+def test_a_second_push_sends_no_file_twice_and_keeps_a_card_of_ones_own(server, folder):
+    hfext.push_to_hub(folder, "user/thing")
+    (folder / "README.md").write_text("Mine.")
+    server.log.clear()
+    hfext.push_to_hub(folder, "user/thing")
+    assert not [1 for method, *_ in server.log if method == "PUT"]
+    assert server.files("user/thing")["README.md"] == b"Mine." and server.commits("user/thing") == 2
+
+
+def test_branches_and_pull_requests_leave_main_alone(server, folder):
+    hfext.push_to_hub(folder, "user/thing", revision="two-bits")
+    assert server.files("user/thing") == {} and "model.safetensors" in server.files("user/thing", "two-bits")
+    done = hfext.push_to_hub(folder, "user/thing", create_pr=True, commit_message="Better")
+    assert server.files("user/thing") == {} and "config.json" in server.files("user/thing", "refs/pr/1")
+    assert done.pr_url.endswith("/discussions/1")
+
+
+@pytest.mark.parametrize("kind", ["drop", "drop_after", "500", "429", "401", "403", "404"])
+@pytest.mark.parametrize("request_", PUSH, ids=lambda r: r[1].strip("/").replace("/", "-"))
+def test_a_fault_at_any_request_leaves_the_old_or_the_new_state(server, folder, request_, kind):
+    (folder / "note.txt").write_text("old")
+    hfext.push_to_hub(folder, "user/thing")
+    old = server.files("user/thing")
+    (folder / "note.txt").write_text("new")
+    save_file({"weight": torch.arange(400.0)}, folder / "model.safetensors")
+    new = {**old, "note.txt": b"new", "model.safetensors": (folder / "model.safetensors").read_bytes()}
+    server.fail(*request_, kind)
+    try:
+        hfext.push_to_hub(folder, "user/thing")
+    except OSError as error:
+        assert "user/thing was not changed" in str(error) and "Call push_to_hub again" in str(error)
+        assert TOKEN not in str(error)
+        assert server.files("user/thing") == old
+    else:
+        assert server.files("user/thing") == new
+    server.faults.clear()
+    hfext.push_to_hub(folder, "user/thing")
+    assert server.files("user/thing") == new
+
+
+def test_a_repository_is_not_half_made(server, folder):
+    server.fail("POST", "/api/repos/create", "403")
+    with pytest.raises(OSError, match="was not changed"):
+        hfext.push_to_hub(folder, "user/thing")
+    assert server.repos == {}
+
+
+def test_when_nobody_can_say_what_happened_this_is_said(server, folder):
+    hfext.push_to_hub(folder, "user/thing")
+    (folder / "note.txt").write_text("new")
+    server.fail("POST", "/commit/", "drop_after")
+    server.fail("GET", "/api/models/user/thing", "403", times=9, after=1)
+    with pytest.raises(OSError, match="may have been changed"):
+        hfext.push_to_hub(folder, "user/thing")
+    assert server.files("user/thing")["note.txt"] == b"new"
+
+
+@pytest.mark.parametrize("request_", [PUSH[3], PUSH[4], PUSH[5]], ids=["preupload", "batch", "upload"])
+@pytest.mark.parametrize("kind", ["500", "429", "drop"])
+def test_passing_faults_of_an_upload_are_retried(server, folder, request_, kind):
+    server.fail(*request_, kind, times=2)
+    hfext.push_to_hub(folder, "user/thing")
+    assert server.commits("user/thing") == 1
+
+
+def test_what_had_arrived_is_not_sent_again_after_a_failure(server, folder):
+    save_file({"other": torch.ones(50)}, folder / "other.safetensors")
+    server.fail("POST", "/commit/", "403")
+    with pytest.raises(OSError, match="user/thing was not changed"):
+        hfext.push_to_hub(folder, "user/thing")
+    assert server.files("user/thing") == {} and len(server.blobs) == 2
+    server.log.clear()
+    hfext.push_to_hub(folder, "user/thing")
+    assert not [1 for method, *_ in server.log if method == "PUT"]
+
+
+def test_a_commit_of_somebody_else_in_between_is_not_overwritten(server, folder, monkeypatch):
+    hfext.push_to_hub(folder, "user/thing")
+    original = HfApi.create_commit
+
+    def overtaken(self, *args, **kwargs):
+        server.repos["user/thing"]["refs"]["main"].append({"id": "f" * 40, "files": {"theirs.txt": b"1"}})
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", overtaken)
+    with pytest.raises(OSError, match="was not changed"):
+        hfext.push_to_hub(folder, "user/thing")
+    assert server.files("user/thing") == {"theirs.txt": b"1"}
+
+
+def test_offline_is_said(server, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+        hfext.push_to_hub(folder, "user/thing")
+
+
+# ---- kinds of artifacts -----------------------------------------------------------------------------------------
+
+
+def test_a_model_comes_back_bit_for_bit(server, tiny_llama):
+    model = tiny_llama()
+    hfext.push_to_hub(model, "user/model", methods=["frugal"], results=[])
+    again = AutoModelForCausalLM.from_pretrained("user/model", cache_dir=constants.HF_HUB_CACHE)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert b"from transformers import LlamaForCausalLM" in server.files("user/model")["README.md"]
+
+
+def test_quantised_weights_and_a_cache_name_their_methods_themselves(server, tiny_llama):
+    model = tiny_llama()
+    hfext.quantization.quantize(model, hfext.quantization.RTNConfig(bits=4, group_size=16))
+    hfext.push_to_hub(model, "user/model")
+    assert json.loads(server.files("user/model")["hfext.json"])["methods"] == ["rtn"]
+    again = AutoModelForCausalLM.from_pretrained("user/model", cache_dir=constants.HF_HUB_CACHE)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+LOADS = """
+import torch, sys
+import hfext
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+ids = torch.arange(3, 9)[None]
+base = AutoModelForCausalLM.from_pretrained("user/base")
+found = {{"base": base(ids).logits}}
+found["adapter"] = PeftModel.from_pretrained(base, "user/adapter")(ids).logits
+compressed = AutoModelForCausalLM.from_pretrained("user/compressed")
+found["compressed"] = compressed(ids, use_cache=False).logits
+found["generated"] = compressed.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+torch.save({{name: x.detach() for name, x in found.items()}}, {path!r})
+"""
+
+
+def test_a_process_that_only_imports_hfext_gets_the_same_bits(server, tiny_llama, tmp_path):
+    """Model, adapter, and quantised weights with a calibrated cache."""
+    from peft import LoraConfig, get_peft_model
+
+    ids, saved = torch.arange(3, 9)[None], {}
+    with torch.no_grad():
+        model = tiny_llama()
+        hfext.push_to_hub(model, "user/base", methods=["frugal"])
+        saved["base"] = model(ids).logits
+        compressed = tiny_llama(seed=1)
+        hfext.quantization.quantize(compressed, hfext.quantization.RTNConfig(bits=3, group_size=16))
+        cache = hfext.RotateKVConfig(bits=4, residual_length=0)
+        cache = cache.calibrate(compressed, torch.randint(3, 100, (64,)))
+        hfext.kv_cache.apply(compressed, cache)
+        hfext.push_to_hub(compressed, "user/compressed")
+        assert json.loads(server.files("user/compressed")["hfext.json"])["methods"] == ["rtn", "rotatekv"]
+        saved["compressed"] = compressed(ids, use_cache=False).logits
+        saved["generated"] = compressed.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        hfext.push_to_hub(adapter, "user/adapter", methods=["mezo"], base_model="user/base", relation="adapter")
+        assert b"AutoPeftModel" in server.files("user/adapter")["README.md"]
+        saved["adapter"] = adapter(ids).logits
+    path = str(tmp_path / "found.pt")
+    home = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_ENDPOINT": server.url,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS.format(path=path)], env={**os.environ, **home}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(path)
+    assert set(found) == set(saved) and all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+def test_a_result_of_a_method_and_a_store_of_ngrams(server):
+    hfext.push_to_hub("bisam", "user/bisam-result")
+    files = server.files("user/bisam-result")
+    assert json.loads(files["bisam.json"]) == recipe.read_result("bisam") and b"bisam" in files["README.md"]
+    with pytest.raises(KeyError, match="bisam"):
+        hfext.push_to_hub("bisan", "user/x")
+    store = hfext.decoding.NGramStore.build([[1, 2, 3, 1, 2, 3]], vocab_size=8)
+    hfext.push_to_hub(store, "user/store")
+    assert any(name.endswith(".safetensors") for name in server.files("user/store"))
+    again = hfext.decoding.NGramStore.load(api.fetch("user/store"))
+    assert again.orders == store.orders
+
+
+def test_a_calibrated_cache_alone(server, tiny_llama):
+    config = hfext.RotateKVConfig(bits=4).calibrate(tiny_llama(), torch.randint(3, 100, (64,)))
+    hfext.push_to_hub(config, "user/cache")
+    assert json.loads(server.files("user/cache")["hfext.json"])["methods"] == ["rotatekv"]
+    again = hfext.RotateKVConfig.from_pretrained(api.fetch("user/cache"))
+    assert again.to_dict() == config.to_dict()
+
+
+def test_what_nobody_can_name_is_not_published(server, tiny_llama, folder):
+    with pytest.raises(ValueError, match="pass methods="):
+        hfext.push_to_hub(tiny_llama(), "user/model")
+    with pytest.raises(TypeError, match="artifact is a int"):
+        hfext.push_to_hub(3, "user/model")
+    with pytest.raises(ValueError, match="has an hfext.json already"):
+        hfext.push_to_hub(folder, "user/model", methods=["sam"])
+    assert server.repos == {}
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+
+def spoil(folder, what):
+    path = folder / "model.safetensors"
+    if what == "pickle":
+        torch.save({"a": torch.ones(2)}, folder / "weights.bin")
+    elif what == "pickle by another name":
+        torch.save({"a": torch.ones(2)}, folder / "weights.data")
+    elif what == "old pickle":
+        import pickle
+
+        (folder / "settings.json").write_bytes(pickle.dumps({"a": 1}))
+    elif what == "link":
+        os.symlink("/etc/hostname", folder / "vocab.txt")
+    elif what == "linked folder":
+        os.symlink(folder.parent, folder / "more")
+    elif what == "truncated":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif what == "header too long":
+        path.write_bytes((10**9).to_bytes(8, "little") + path.read_bytes()[8:])
+    elif what == "no header":
+        path.write_bytes(b"abc")
+    elif what == "header is no JSON":
+        data = bytearray(path.read_bytes())
+        data[8] = ord("x")
+        path.write_bytes(bytes(data))
+    elif what == "bytes behind":
+        path.write_bytes(path.read_bytes() + b"payload")
+
+
+SPOILT = [
+    "pickle",
+    "pickle by another name",
+    "old pickle",
+    "link",
+    "linked folder",
+    "truncated",
+    "header too long",
+    "no header",
+    "header is no JSON",
+    "bytes behind",
+]
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_what_must_not_be_published_is_refused_before_anything_is_sent(server, folder, what):
+    spoil(folder, what)
+    with pytest.raises(api.Refused, match="pickle|link|damaged"):
+        hfext.push_to_hub(folder, "user/thing")
+    assert server.repos == {}
+
+
+def test_the_state_of_a_training_stays_at_home(server, folder):
+    for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "checkpoint-5/optimizer.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        torch.save({}, folder / name)
+    (folder / "draft.txt").write_text("no")
+    hfext.push_to_hub(folder, "user/thing", ignore_patterns=["draft*"])
+    assert set(server.files("user/thing")) == {"model.safetensors", "config.json", "hfext.json", "README.md"}
+
+
+# ---- fetching ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["drop", "500", "429", "404", "truncate", "garble"])
+@pytest.mark.parametrize("request_", FETCH, ids=["info", "head", "get", "weights"])
+def test_a_fault_in_a_download_ends_whole_or_with_an_error(server, folder, request_, kind):
+    hfext.push_to_hub(folder, "user/thing")
+    server.fail(*request_, kind)
+    try:
+        found = api.fetch("user/thing")
+    except (OSError, ValueError, RuntimeError) as error:
+        assert str(error) and TOKEN not in str(error)
+    else:
+        assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    server.faults.clear()
+    found = api.fetch("user/thing")
+    for name, data in server.files("user/thing").items():
+        assert (found / name).read_bytes() == data
+
+
+def test_damaged_bytes_of_the_right_length_are_found(server, folder):
+    hfext.push_to_hub(folder, "user/thing")
+    server.fail("GET", "model.safetensors", "garble")
+    with pytest.raises(api.Refused, match="model.safetensors of user/thing arrived damaged"):
+        api.fetch("user/thing")
+
+
+def test_pickles_and_names_that_lead_out_are_not_fetched(server, folder):
+    hfext.push_to_hub(folder, "user/thing")
+    commits = server.repos["user/thing"]["refs"]["main"]
+
+    def publish(name, data):
+        commits.append({"id": f"{len(commits):040x}", "files": {**commits[1]["files"], name: data}})
+
+    publish("old.bin", b"\x80\x04.")
+    assert not (api.fetch("user/thing") / "old.bin").exists()
+    publish("data.json", b"\x80\x04.")
+    with pytest.raises(api.Refused, match="data.json is a pickle"):
+        api.fetch("user/thing")
+    for name in ("../evil.txt", "/etc/evil", "a\\b.txt"):
+        publish(name, b"1")
+        with pytest.raises(api.Refused, match="leads out of its folder"):
+            api.fetch("user/thing")
+
+
+def test_the_second_load_needs_no_line(server, folder, monkeypatch):
+    hfext.push_to_hub(folder, "user/thing")
+    api.fetch("user/thing")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert os.path.isfile(os.path.join(snapshot_download("user/thing"), "model.safetensors"))
+    shutil.rmtree(constants.HF_HUB_CACHE)

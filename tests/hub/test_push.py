@@ -175,7 +175,7 @@ def test_offline_is_said(server, folder, monkeypatch):
 def test_a_model_comes_back_bit_for_bit(server, tiny_llama):
     model = tiny_llama()
     hfext.push_to_hub(model, "user/model", methods=["frugal"], results=[])
-    again = AutoModelForCausalLM.from_pretrained("user/model", cache_dir=constants.HF_HUB_CACHE)
+    again = AutoModelForCausalLM.from_pretrained(api.fetch("user/model"))
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
@@ -187,7 +187,7 @@ def test_quantised_weights_and_a_cache_name_their_methods_themselves(server, tin
     hfext.quantization.quantize(model, hfext.quantization.RTNConfig(bits=4, group_size=16))
     hfext.push_to_hub(model, "user/model")
     assert json.loads(server.files("user/model")["hfext.json"])["methods"] == ["rtn"]
-    again = AutoModelForCausalLM.from_pretrained("user/model", cache_dir=constants.HF_HUB_CACHE)
+    again = AutoModelForCausalLM.from_pretrained(api.fetch("user/model"))
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)

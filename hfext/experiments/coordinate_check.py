@@ -283,12 +283,14 @@ def run(config: Config, out: Path) -> dict:
     worst = {method: max(abs(by[method]) for by in slopes.values()) for method in METHODS}
     widths = ", ".join(map(str, config.widths))
     measured = ", ".join(dict.fromkeys(case.replace(", ", " with ") for case, _ in slopes))
+    batch = f"; rows x tokens {config.rows} x {config.length}" + ", untied readout begins at 0" * config.zero_readout
     return {
         "evidence": {
             "claim": "In muP a step changes every activation by an amount that does not depend on width.",
             "paper": "coordinate check: activations move alike at every width in muP, and blow up in standard form",
             "metric": "largest |log-log slope| over width of a layer's mean change of output",
-            "setting": f"{len(slopes)} layers: {measured}; {config.steps} steps, widths {widths}",
+            "setting": f"{len(slopes)} layers: {measured}; {config.steps} steps, widths {widths}"
+            + batch * (config.llama or config.model is not None),
             "method": "muP",
             "ours": worst["muP"],
             "ours_sd": None,

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,8 @@ class DropIn(nn.Module):
 
     An instance is made with its options alone, `WTACRSLinear(ratio=0.3)`, and is a template without weights;
     `from_dense` returns the module for one layer. That module shares the layer's parameters, buffers and hooks under
-    their own names, so state dicts, optimizers, ties and devices are what they were.
+    their own names, so state dicts, optimizers, ties and devices are what they were. Layers whose `forward` was
+    patched, as accelerate does for a device map, are refused.
     """
 
     replaces: tuple[type, ...] = LINEAR
@@ -29,9 +31,19 @@ class DropIn(nn.Module):
         if type(dense) not in self.replaces:
             kinds = ", ".join(kind.__name__ for kind in self.replaces)
             raise TypeError(f"{name or 'dense'} is a {type(dense).__name__} but must be one of {kinds}.")
+        kept = dict(vars(dense))
+        if kept.get("forward") == MethodType(type(dense).forward, dense):
+            del kept["forward"]  # what is left when a hook of accelerate has been taken off
+        if kept.keys() & {"forward", "_hf_hook"}:
+            raise NotImplementedError(
+                f"{name or 'dense'} has a forward of its own (device_map or offloading by accelerate, or a patched "
+                "kernel), which the new layer would run in place of its own. Load the model without device_map, or "
+                "call accelerate.hooks.remove_hook_from_module(model, recurse=True), and dispatch or patch it after "
+                "`replace`; or leave the layer out by exclude_modules."
+            )
         new = type(self).__new__(type(self))
         # Everything that nn.Module keeps, by reference: a parameter that is exchanged later is exchanged in both.
-        new.__dict__.update({**dense.__dict__, **self.own()})
+        new.__dict__.update({**kept, **self.own()})
         return new
 
     def own(self) -> dict[str, Any]:
@@ -97,9 +109,9 @@ def replace(
         for name, module in model.named_modules(remove_duplicate=False)
         if type(module) in template.replaces and name
     }
-    chosen = _chosen(model, linear, target_modules)
+    chosen = _chosen(model, linear, target_modules, "target_modules")
     if exclude_modules is not None:
-        excluded = _chosen(model, linear, exclude_modules)
+        excluded = _chosen(model, linear, exclude_modules, "exclude_modules")
         chosen = [name for name in chosen if name not in excluded]
     if not chosen:
         known = sorted({name.rpartition(".")[2] for name in linear})
@@ -123,7 +135,9 @@ def replace(
     return done
 
 
-def _chosen(model: nn.Module, linear: dict[str, nn.Module], targets: str | Sequence[str]) -> list[str]:
+def _chosen(model: nn.Module, linear: dict[str, nn.Module], targets: str | Sequence[str], field: str) -> list[str]:
+    if not isinstance(targets, list | tuple | set | str) or not all(isinstance(target, str) for target in targets):
+        raise TypeError(f"{field} is {targets!r} but must be names, or one regular expression.")
     if targets == "all-linear":
         outputs = {id(head) for m in model.modules() if isinstance(m, PreTrainedModel) for head in _heads(m)}
         return [name for name, module in linear.items() if id(module) not in outputs]

@@ -13,7 +13,6 @@ the padding.
 import hashlib
 import json
 import struct
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_steps = 0  # of any optimizer, since a sampler first listened
+_listener: Any = None
+
+
+def steps_taken() -> int:
+    """A count that grows with every step of any optimizer: copies of a sampler hear of them as it does."""
+    global _listener
+    if _listener is None:
+        _listener = register_optimizer_step_post_hook(_count)
+    return _steps
+
+
+def _count(optimizer, args, kwargs) -> None:
+    global _steps
+    _steps += 1
 
 
 def digest(*parts: bytes) -> bytes:
@@ -69,6 +84,7 @@ class Sampler:
     counter: int = 0
     norms: dict[str, dict[bytes, Tensor]] = field(default_factory=dict)
     recent: dict[bytes, int] = field(default_factory=dict)
+    steps: int = -1  # of optimizers, when `recent` was begun
     examples: list[bytes] | None = None
     mask: Tensor | None = None
     batch: bytes = b""
@@ -76,19 +92,13 @@ class Sampler:
     calls: dict[str, int] = field(default_factory=dict)
     last: tuple[Any, int, Any] | None = None  # weak references to an input and its selection
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which repeat no pass of this one and hold no reference to its tensors."""
+        return {**self.__dict__, "recent": {}, "last": None}
+
     def watch(self, model: nn.Module) -> list[Any]:
         """Look at the batches of `model` from now on; returns the handles that end it."""
-        own = weakref.ref(self)
-
-        def stepped(optimizer, args, kwargs):
-            sampler = own()
-            if sampler is not None:
-                sampler.recent.clear()
-
-        return [
-            model.register_forward_pre_hook(_Watcher(self), with_kwargs=True),
-            register_optimizer_step_post_hook(stepped),
-        ]
+        return [model.register_forward_pre_hook(_Watcher(self), with_kwargs=True)]
 
     def begin(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """A pass over a batch begins."""
@@ -101,6 +111,8 @@ class Sampler:
         if torch.cuda.is_initialized():
             states.append(torch.cuda.get_rng_state())
         key = digest(self.batch, *map(raw, states))
+        if self.steps != steps_taken():
+            self.recent, self.steps = {}, steps_taken()
         if key not in self.recent:
             self.counter += 1
             self.recent[key] = self.counter

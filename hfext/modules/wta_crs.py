@@ -5,9 +5,11 @@
     dW ~ sum_{i in C} g_i x_i' + 1 / (k - c) sum_{drawn j} t / p_j g_j x_j',    c = argmin_{0 <= c < k} t / (k - c)
 
 s_i is the norm of row i of the gradient when this example was last seen. Where it was not seen yet s_i = 1, so p is
-that of the activations. The estimate is unbiased for every p > 0, and the gradients of input and bias are exact. p has
-1e-8 of its mean added, so no row is out of reach; t is summed from the smallest p up and stays exact when p(C) is near
-1. Norms in float32, probabilities in float64, products in the layer's dtype with the scale on the gradient's rows.
+that of the activations. The estimate is unbiased for every p > 0, and the gradients of input and bias are exact. Where
+norms are of an earlier visit, 1 % of p is that of the activations: a row whose gradient was 0 then (labels, dropout and
+weights change) would else be drawn once in 1e8 passes, with a weight of 1e8, and seem to have no gradient until then.
+So the weight of a drawn row stays below 100 sum_j ||x_j|| / ((k - c) ||x_i||). p has 1e-8 of its mean added, so no row
+is out of reach; t is summed from the smallest p up and stays exact when p(C) is near 1. Norms in float32, probabilities in float64, products in the layer's dtype with the scale on the gradient's rows.
 
 With p ~ ||x_i|| ||g_i|| the variance is (t^2 Z^2 - ||tail||^2) / (k - c), Z constant and ||tail|| small, so the least
 is at c = argmin t^2 / (k - c), not where the paper's rule looks: `winners="variance"`.
@@ -27,7 +29,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .._fields import in_range, one_of
+from .._fields import coerce, in_range, one_of
 from ..compat import CheckpointMixin
 from ..registry import Method, Result
 from ._replace import DropIn
@@ -37,6 +39,7 @@ logger = logging.get_logger(__name__)
 
 FILE = "wta_crs_{rank}.safetensors"
 FLOOR = 1e-8  # of the mean weight
+MIXED = 0.01  # part of p that is the activations', where the rest comes from the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ class WTACRSConfig:
     seed: int = 0
 
     def __post_init__(self):
-        in_range("WTACRSConfig: ratio", self.ratio, 0, 1, low_open=True)
+        in_range("WTACRSConfig: ratio", coerce("WTACRSConfig: ratio", float, self.ratio), 0, 1, low_open=True)
         for name, least in (("min_rows", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -209,10 +212,11 @@ class WTACRSLinear(DropIn):
                 return last
         weights = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32)
         norms = sampler.known_norms(self.layer, given.shape) if sampler.keep_norms else None
+        p = probabilities(weights)
         if norms is not None:
-            weights = weights * norms.to(weights.device)
+            p = (1 - MIXED) * probabilities(weights * norms.to(weights.device)) + MIXED * p
         uniform = sampler.uniform(self.layer, k).to(weights.device)
-        index, scale = choose(probabilities(weights), uniform, self.config.winners)
+        index, scale = choose(p, uniform, self.config.winners)
         selection = Selection(index.int(), scale.float(), self.layer, sampler.examples, sampler.mask)
         sampler.last = weakref.ref(given), given._version, weakref.ref(selection)
         return selection
@@ -235,6 +239,10 @@ class WTACRSMixin(CheckpointMixin):
     Checkpoints hold the draws' counter and the norm cache, so that a resumed run goes on bit for bit. Without it
     training is the same, and after a resume the draws and the cache begin anew.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._samplers()  # refuses before the first update what no checkpoint could hold
 
     def save_more(self, folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)  # other processes may come before the one that makes it
@@ -270,7 +278,8 @@ METHOD = Method(
     repo="zirui-ray-liu/WTACRS",
     status="variant",
     difference="Unbiased on the first visit of an example too, where rows are weighed by their activations (the "
-    "authors' code keeps all rows then, or scales drawn ones wrongly); the drawn part is never dropped; examples are "
+    "authors' code keeps all rows then, or scales drawn ones wrongly), and on later ones whatever the gradient was before "
+    "(1 % of the draws go by activations alone); the drawn part is never dropped; examples are "
     "known by their contents, not by an index; layers that read the same tensor keep the same rows (`share_inputs`). "
     "Linear layers only: attention products are not sampled.",
     target="hfext.modules.wta_crs:WTACRSLinear",

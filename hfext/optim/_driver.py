@@ -23,6 +23,7 @@ from ..compat import (
     patch_method,
     replaced,
     two_pass_optimizer,
+    without_data_parallel,
     zeroth_order_optimizer,
 )
 from . import _zeroth_driver
@@ -268,6 +269,9 @@ def _at_trained_weights(original):
             if zeroth.is_perturbed:
                 raise RuntimeError(f"{original.__name__} was called inside an update, at perturbed weights.")
             zeroth.flush()
+        if "hfext_offload" in vars(self.model):
+            with without_data_parallel(self, place=False):
+                return original(self, *args, **kwargs)
         optimizer = two_pass_optimizer(self)
         if optimizer is not None and optimizer.is_perturbed:
             if vars(self).get("_hfext_inside"):
@@ -283,6 +287,9 @@ def _load_best(original):
     def load_best(self):
         if two_pass_optimizer(self) is not None:
             _forget(self)
+        zeroth = zeroth_order_optimizer(self)
+        if zeroth is not None:
+            zeroth.flush()  # moves that wait are those of the last weights
         return original(self)
 
     return load_best

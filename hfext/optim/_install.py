@@ -43,12 +43,12 @@ def check_arguments(args: TrainingArguments) -> None:
     _stock_base(base)
     if args.deepspeed is not None:
         raise NotImplementedError(
-            f"optim={str(args.optim)!r} does not run with DeepSpeed, which partitions gradients during the backward "
+            f"optim={args.optim.value!r} does not run with DeepSpeed, which partitions gradients during the backward "
             "pass. Use DistributedDataParallel or one process."
         )
     if args.fsdp:
         raise NotImplementedError(
-            f"optim={str(args.optim)!r} does not run with FSDP yet: the second pass was not shown to be exact on "
+            f"optim={args.optim.value!r} does not run with FSDP yet: the second pass was not shown to be exact on "
             "sharded parameters. Use DistributedDataParallel or one process."
         )
 

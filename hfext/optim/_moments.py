@@ -8,13 +8,14 @@ bits are rounded once, after decay and update.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from .._fields import coerce
 from ..compat import decayed_parameters
 from ._one_pass import OnePass
 
@@ -44,6 +45,24 @@ def move(p: Tensor, change: Tensor, decay: float = 0.0) -> None:
         p.mul_(1 - decay).add_(change)
     else:
         p.copy_(p.to(change.dtype).mul_(1 - decay).add_(change))
+
+
+def check_types(config: Any) -> None:
+    """`ValueError` that names the field where a value is not of the type that the dataclass declares."""
+    for field, kind in get_type_hints(type(config)).items():
+        coerce(f"{type(config).__name__}: {field}", kind, getattr(config, field))
+
+
+def non_negative(value: Any, below: float = math.inf) -> bool:
+    """Whether it is a number (or a tensor of one) in [0, below)."""
+    return isinstance(value, int | float | Tensor) and not isinstance(value, bool) and bool(0 <= value < below)
+
+
+def checked_betas(name: str, betas: Any) -> tuple[float, float]:
+    """The pair, or a `ValueError`."""
+    if not (isinstance(betas, Sequence) and len(betas) == 2 and all(non_negative(b, 1) for b in betas)):
+        raise ValueError(f"{name}: betas is {betas!r} but must be two numbers in [0, 1).")
+    return tuple(betas)
 
 
 def finite(grads: list[Tensor]) -> bool:
@@ -87,16 +106,12 @@ class MomentOptimizer(OnePass):
         self, params: Any, config: Any, *, lr: float, betas: Sequence[float], eps: float, weight_decay: float
     ):
         name = type(self).__name__
-        for what, value, ok, allowed in (
-            ("lr", lr, lr >= 0, ">= 0"),
-            ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
-            ("eps", eps, eps >= 0, ">= 0"),
-            ("weight_decay", weight_decay, weight_decay >= 0, ">= 0"),
-        ):
-            if not ok:
-                raise ValueError(f"{name}: {what} is {value!r} but must be {allowed}.")
+        for what, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not non_negative(value):
+                raise ValueError(f"{name}: {what} is {value!r} but must be a number >= 0.")
+        defaults = {"lr": lr, "betas": checked_betas(name, betas), "eps": eps, "weight_decay": weight_decay}
         self.config, self.updates = config, 0
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, defaults)
 
     def update(self) -> None:
         """Change weights and state by the gradients, which are finite."""

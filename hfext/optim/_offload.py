@@ -1,9 +1,10 @@
 """Blocks of a model that live in host memory and visit the device when they are called.
 
-Outside a visit the parameters of a block hold the host's tensors, so that saving and counting see the model as usual.
-A visit is: copy up (begun while the block before it ran), make the moves that were put off, copy the result back, run,
-drop. On a GPU the copies run in streams of their own from and to pinned memory; at most three blocks' worth of memory
-is taken: the one that runs, the next one on its way up, and what is on its way back.
+Outside a visit the parameters of a block hold the host's tensors, so that saving and counting see the model as usual;
+buffers stay on the device. A visit is: copy up (begun while the block before it ran), make the moves that were put
+off, copy the result back, run, drop. On a GPU the copies run in streams of their own, from and to pinned memory. At
+most three blocks' worth of memory is taken: the one that runs, the next one on its way up, and what is on its way
+back. The host waits for a block to have run before it sends the one after the next.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 
 from ..compat import undivided_modules
 from ._zeroth import Move, apply_
+
+
+def checked_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """`ValueError` unless these are modules of the model, at least one."""
+    known = {id(m) for m in model.modules()}
+    if not len(blocks) or not all(id(block) in known for block in blocks):
+        raise ValueError("blocks must be modules of the model, in the order in which they run, at least one.")
+    return list(blocks)
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -51,17 +60,13 @@ class Offload:
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if self.cuda else None
         owners: dict[int, set[int]] = {}
         for i, block in enumerate(self.blocks):
-            for tensor in [*block.parameters(), *block.buffers()]:
+            for tensor in block.parameters():
                 owners.setdefault(id(tensor), set()).add(i)
         inside = {id(m) for block in self.blocks for m in block.modules()}
         others = [m for m in model.modules() if id(m) not in inside]
-        outside = {id(t) for m in others for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)]}
+        outside = {id(t) for m in others for t in m.parameters(recurse=False)}
         self.tensors = [
-            [
-                t
-                for t in dict.fromkeys([*block.parameters(), *block.buffers()])
-                if len(owners[id(t)]) == 1 and id(t) not in outside
-            ]
+            [t for t in dict.fromkeys(block.parameters()) if len(owners[id(t)]) == 1 and id(t) not in outside]
             for block in self.blocks
         ]
         self.home = {id(t): i for i, tensors in enumerate(self.tensors) for t in tensors}
@@ -70,15 +75,24 @@ class Offload:
         self.saved: list[Any] = [None] * len(self.blocks)
         self.ahead: _Ahead | None = None
         self.returning: list[tuple[Any, list[Tensor]]] = []
+        self.done: Any = None  # when the device has run the block that was dropped last
         self.peak_blocks = self.uploads = 0
         self.on_enter: Callable[[int], bool] | None = None
         self.on_leave: Callable[[int], None] | None = None
         self._place()
-        self.hooks = [model.register_state_dict_pre_hook(lambda *args: self.flush())]
+        self.hooks = []
         for i, block in enumerate(self.blocks):
             self.hooks.append(block.register_forward_pre_hook(lambda *args, i=i: self._enter(i)))
             self.hooks.append(block.register_forward_hook(lambda *args, i=i: self._leave(i)))
+        inside = {id(block) for block in self.blocks}
+        for module in model.modules():
+            if any(id(part) in inside for part in module.modules()):  # what is saved or loaded has no move left
+                self.hooks.append(module.register_state_dict_pre_hook(lambda *args: self.flush()))
+                self.hooks.append(module.register_load_state_dict_pre_hook(lambda *args: self.flush()))
         model.hfext_offload = self
+
+    def __deepcopy__(self, memo: dict) -> "Offload":
+        raise NotImplementedError("A model whose blocks are in host memory cannot be copied: call .remove() first.")
 
     def _place(self) -> None:
         for tensor in dict.fromkeys([*self.model.parameters(), *self.model.buffers()]):
@@ -106,7 +120,7 @@ class Offload:
         """Bring block i to the device with all its moves made, and begin with the next one."""
         for loaded in range(len(self.blocks)):
             self.drop(loaded)  # one that an exception left, or a block that is called again
-        for event, _ in self.returning:
+        for event in (*(event for event, _ in self.returning), *([self.done] if self.done is not None else [])):
             event.synchronize()
         self.returning = []
         tensors, arrived = self._take(i)
@@ -136,6 +150,8 @@ class Offload:
                 t.data = held
             self.host[i] = None
             torch.clear_autocast_cache()  # it would keep a cast copy of the block on the device
+            if self.cuda:
+                self.done = torch.cuda.current_stream(self.device).record_event()
 
     def put_off(self, tensor: nn.Parameter, place: int, moves: Sequence[Move]) -> None:
         """Make `moves` when the tensor's block comes up next."""
@@ -150,12 +166,15 @@ class Offload:
         self.ahead = None
         if self.cuda:
             torch.cuda.synchronize(self.device)
+        self.returning = []
 
     def remove(self) -> None:
         """Flush, unhook, and bring the whole model to the device."""
         self.flush()
         for hook in self.hooks:
             hook.remove()
+        # From here on nothing of the model is streamed, for an optimizer too that goes on with this handle.
+        self.home, self.tensors, self.waiting = {}, [[] for _ in self.blocks], [{} for _ in self.blocks]
         del self.model.hfext_offload
         self.model.to(self.device)
 

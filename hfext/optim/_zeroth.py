@@ -6,13 +6,19 @@
 Everything that happens to a weight is a list of `Move`s, each a rounded w <- keep * w + scale * z(seed), so that two
 methods that make the same moves in the same order hold the same bits, whenever and wherever they make them. The noise
 of a weight depends on the seed of the direction and on the weight's place among the optimizer's parameters, never on a
-global generator, and is drawn a chunk at a time: no gradient and no second tensor of a weight's size is made.
+global generator, and is drawn a chunk at a time: no gradient is made, and no second tensor of a weight's size unless
+the weight is not contiguous.
 """
 
+import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +26,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ._one_pass import OnePass
+from ._passes import rng_state, set_rng_state
 
 logger = logging.get_logger(__name__)
 CHUNK = 1 << 20
@@ -49,23 +56,38 @@ def mix(*numbers: int) -> int:
 def apply_(weight: Tensor, moves: Sequence[Move], place: int) -> None:
     """Make `moves` in order, in place; `place` is the weight's number. Noise is float32 (float64 for float64)."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    generators = {
-        move.seed: torch.Generator(weight.device).manual_seed(mix(move.seed, place)) for move in moves if move.scale
-    }
     flat = weight.detach().reshape(-1)  # a copy where the weight is not contiguous
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        drawn = {
-            seed: torch.randn(part.numel(), generator=generator, device=weight.device, dtype=dtype)
-            for seed, generator in generators.items()
-        }
-        for seed, scale, keep in moves:
-            if keep != 1.0:
-                part.mul_(keep)
-            if scale:
-                part.add_(drawn[seed], alpha=scale)
+    for seed, run in itertools.groupby(moves, key=lambda move: move.seed):
+        run = list(run)
+        generator = torch.Generator(weight.device).manual_seed(mix(seed, place))
+        for start in range(0, flat.numel(), CHUNK):
+            part = flat[start : start + CHUNK]
+            z = torch.randn(part.numel(), generator=generator, device=weight.device, dtype=dtype)
+            for _, scale, keep in run:
+                if keep != 1.0:
+                    part.mul_(keep)
+                if scale:
+                    part.add_(z, alpha=scale)
+            del z  # before the next chunk is drawn
     if flat.data_ptr() != weight.data_ptr():
         weight.detach().copy_(flat.view(weight.shape))
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """An interrupt from the keyboard waits until the end: half a weight must not be moved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        torch.clear_autocast_cache()  # casts of weights as they were
+        if waiting:
+            raise KeyboardInterrupt
 
 
 @torch.no_grad()
@@ -111,6 +133,32 @@ def mean_over_processes(value: float, seed: int, updates: int) -> float:
     return math.fsum(values) / len(values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ZerothOrderConfig:
+    """
+    Args:
+        eps: Length of the step to either side, in units of the noise; > 0.
+        seed: Of the directions; the Trainer's `seed` by default.
+    """
+
+    eps: float = 1e-3
+    seed: int | None = None
+
+    def __post_init__(self):
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float) or not 0 < self.eps < math.inf:
+            raise ValueError(f"eps is {self.eps!r} but must be a number above 0 and finite.")
+        if self.seed is not None:
+            self.whole("seed", 0, 2**63 - 1)
+
+    def whole(self, name: str, least: int, most: int | None = None) -> None:
+        """`ValueError` unless a field is an integer in its range."""
+        value = getattr(self, name)
+        fits = isinstance(value, int) and not isinstance(value, bool) and least <= value
+        if not fits or (most is not None and value > most):
+            allowed = f">= {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"{name} is {value!r} but must be an integer {allowed}.")
+
+
 class ZerothOrder(OnePass):
     """Abstract: a method implements `pair`, the losses on both sides of the weights along one direction.
 
@@ -125,20 +173,29 @@ class ZerothOrder(OnePass):
 
     hfext_zeroth_order = True
     place: Callable[..., None] | None = None  # `place(model, device)` in place of moving the model to the device
+    trajectory_of: ClassVar[str | None] = None  # the method whose trajectories this one shares
     own_batches = False  # whether each micro-batch is a loss of its own, apart from the update's number of tokens
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, run_seed: int = 0, **options: Any):
         self.config = self.Config(**options)
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.seed = run_seed if self.config.seed is None else self.config.seed
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{type(self).__name__}: {name} is {value!r} but must be >= 0 and finite.")
         self.projected: list[list[float]] = []
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        if not self.weights():
+            raise ValueError(
+                f"{type(self).__name__} has no parameter to train: all are frozen. An adapter that is loaded needs "
+                "PeftModel.from_pretrained(..., is_trainable=True)."
+            )
+        self.seed = run_seed if self.config.seed is None else self.config.seed
         self.rates: list[list[float]] = []
         self.metrics: dict[str, float] = {}
         self._probed: list[float] | None = None
 
     @classmethod
     def check_arguments(cls, args) -> None:
-        name = str(args.optim)
+        name = args.optim.value
         if args.deepspeed is not None or args.fsdp:
             raise NotImplementedError(
                 f"optim={name!r} needs whole weights on each process, and DeepSpeed and FSDP split them. It keeps no "
@@ -148,6 +205,8 @@ class ZerothOrder(OnePass):
             raise NotImplementedError(
                 f"optim={name!r} has no gradients for fp16=True to scale. Load the model in float16, or use bf16=True."
             )
+        if args.n_gpu > 1:
+            raise NotImplementedError(f"optim={name!r} does not run with DataParallel: start with torchrun.")
 
     @classmethod
     def trainer_kwargs(cls, context, config) -> dict[str, Any]:
@@ -188,8 +247,10 @@ class ZerothOrder(OnePass):
         """Apply what `probe` found; with a closure, or one a micro-batch, probe first and return the mean loss."""
         loss = None
         if closure is not None:
-            given = [closure] if callable(closure) else closure
-            loss = self.probe([lambda count, loss=loss: torch.no_grad()(loss)() for loss in given])
+            given, start = [closure] if callable(closure) else list(closure), rng_state()
+            if not given:
+                raise ValueError(f"{type(self).__name__}.step was given no closure to evaluate.")
+            loss = self.probe([functools.partial(_valued, value, start) for value in given])
         if self._probed is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step was called without values of the loss. Either a Trainer subclass "
@@ -198,7 +259,7 @@ class ZerothOrder(OnePass):
             )
         found, self._probed = self._probed, None
         if not all(map(math.isfinite, found)):
-            logger.warning("Update skipped: the loss is not finite. The weights are unchanged.")
+            logger.warning("Update skipped: the loss is not finite. The weights are as before it.")
             found = []
         else:
             seeds = self.directions(len(found))
@@ -209,18 +270,23 @@ class ZerothOrder(OnePass):
 
     def update(self, moves: list[list[Move]]) -> None:
         """Make the moves of each group on its weights."""
-        for place, group, weight in self.weights():
-            apply_(weight, moves[group], place)
+        with undisturbed():
+            for place, group, weight in self.weights():
+                apply_(weight, moves[group], place)
 
     def weights(self) -> list[tuple[int, int, Tensor]]:
-        """Place, number of the group, and weight, each weight once."""
-        found, seen = [], set()
+        """Place, number of the group, and weight of all that is trained, each weight once."""
+        placed: dict[Tensor, tuple[int, int]] = {}
         for number, group in enumerate(self.param_groups):
             for weight in group["params"]:
-                if id(weight) not in seen:
-                    seen.add(id(weight))
-                    found.append((len(found), number, weight))
-        return found
+                placed.setdefault(weight, (len(placed), number))
+        return [(*where, weight) for weight, where in placed.items() if weight.requires_grad]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, before the first update: later ones follow from the places of all parameters."""
+        if self.projected:
+            raise ValueError(f"{type(self).__name__}: groups cannot be added after an update.")
+        super().add_param_group(param_group)
 
     @property
     def updates(self) -> int:
@@ -245,6 +311,8 @@ class ZerothOrder(OnePass):
 
         `trajectory` is `state_dict()["hfext"]`. Rounding left by the probes is not in it: see each method.
         """
+        if self.projected:
+            raise ValueError(f"{type(self).__name__} has made {self.updates} updates: replay begins with none.")
         self._load_trajectory(trajectory)
         made, self.projected = self.projected, []
         for found, rates in zip(made, self.rates, strict=True):
@@ -257,8 +325,7 @@ class ZerothOrder(OnePass):
     def state_dict(self) -> dict[str, Any]:
         self.flush()
         own = {
-            "method": type(self).__name__,
-            "seed": self.seed,
+            **self.facts(),
             "counts": torch.tensor([len(found) for found in self.projected], dtype=torch.int64),
             "projected": self._pack([g for found in self.projected for g in found]),
             "rates": torch.tensor(self.rates, dtype=torch.float64),
@@ -268,9 +335,21 @@ class ZerothOrder(OnePass):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state_dict = dict(state_dict)
         own = state_dict.pop("hfext", None)
-        if own is not None:
-            self._load_trajectory(own)
+        if not isinstance(own, dict) or "projected" not in own:
+            raise ValueError(
+                f"{type(self).__name__}: this optimizer state was saved by another optimizer. Start without it, or go "
+                "on with that one."
+            )
+        self._load_trajectory(own)
         super().load_state_dict(state_dict)
+
+    def facts(self) -> dict[str, Any]:
+        """What a trajectory belongs to; `MeZO` and `ZO2` go on from each other's."""
+        return {"method": self.trajectory_of or type(self).__name__, "seed": self.seed}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps three entries; all but its tables of hooks are needed to go on.
+        return {name: value for name, value in vars(self).items() if "hook" not in name}
 
     def _pack(self, projected: list[float]) -> Tensor:
         return torch.tensor(projected, dtype=torch.float64)
@@ -288,11 +367,24 @@ class ZerothOrder(OnePass):
             )
         if not (torch.isfinite(packed).all() and torch.isfinite(rates).all()):
             raise ValueError("Corrupt optimizer state: a projected gradient or a rate is not finite.")
-        if own["seed"] != self.seed and len(counts):
+        if rates.dim() > 1 and rates.shape[1] != len(self.param_groups):
             raise ValueError(
-                f"The checkpoint was trained with seed {own['seed']}, this run has seed {self.seed}. Use the same: "
-                "the directions of every later update follow from it."
+                f"The checkpoint has learning rates of {rates.shape[1]} groups, the optimizer has "
+                f"{len(self.param_groups)} groups."
             )
+        for name, mine in self.facts().items():
+            if own.get(name, mine) != mine and len(counts):
+                raise ValueError(
+                    f"The checkpoint was trained with {name} {own[name]!r}, this run has {name} {mine!r}. Use the "
+                    "same: every later update follows from it."
+                )
         values = iter(self._unpack(packed))
         self.projected = [list(itertools.islice(values, count)) for count in counts.tolist()]
         self.rates = rates.tolist()
+
+
+def _valued(closure: Callable[[], Tensor], start: dict[str, Any], count: bool) -> Tensor:
+    """The loss of a raw loop: without a graph, and at the same random numbers on every side."""
+    set_rng_state(start)
+    with torch.no_grad():
+        return closure()

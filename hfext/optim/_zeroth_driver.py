@@ -27,6 +27,7 @@ def drive(original: Callable, trainer, optimizer, model: nn.Module, inputs: Any,
     update, batches = vars(trainer).get("_hfext_zeroth", (None, []))
     if update != step:
         batches = []
+    model.train()  # as `training_step` does: some trainers prepare other inputs for an evaluation
     prepared = trainer._prepare_inputs(inputs)
     batches = [*batches, (prepared, None if optimizer.own_batches else num_items, rng_state())]
     trainer._hfext_zeroth = (step, batches)
@@ -51,9 +52,13 @@ def _value(original, trainer, model, batch, count: bool) -> Tensor:
 
 @contextlib.contextmanager
 def _evaluating(trainer, model: nn.Module, own_batches: bool) -> Iterator[None]:
-    """`training_step` makes no backward pass, leaves the model in eval mode, and takes inputs that are prepared."""
+    """`training_step` makes no backward pass, leaves the model in eval mode, and takes inputs that are prepared.
+
+    The model's own flag, by which losses and trainers know that they train, stays: its parts are in eval mode.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    model.training = True
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(model, "train", lambda mode=True: model))
         stack.enter_context(replaced(trainer.accelerator, "backward", lambda loss, **kwargs: None))
@@ -87,6 +92,8 @@ def _kind(trainer) -> type | None:
 
 def _move(original):
     def move(self, model, device):
+        if "hfext_offload" in vars(model):
+            return None
         kind = _kind(self)
         if kind is None or kind.place is None:
             return original(self, model, device)

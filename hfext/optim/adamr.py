@@ -26,7 +26,7 @@ from transformers import TrainingArguments
 from ..registry import Method, Result
 from . import _theta0
 from ._ascent import check
-from ._moments import MomentOptimizer, adam_direction, adam_moments, refuse_sharded, trainer_groups, wide
+from ._moments import MomentOptimizer, adam_direction, adam_moments, check_types, refuse_sharded, trainer_groups, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class AdamRConfig:
     amsgrad: bool = False
 
     def __post_init__(self):
+        check_types(self)
         check(self, "lam", self.lam >= 0, ">= 0")
         check(self, "norm", self.norm in ("l2", "l1"), "one of l2, l1")
         known = self.theta0 in ("snapshot", "reload") or os.path.isdir(self.theta0)
@@ -234,5 +235,7 @@ METHOD = Method(
     ),
     recipe="optim/adamr-llama-dare.yaml",
     notes="theta_0 costs one copy of the trained weights in CPU memory, with theta0=reload none. A checkpoint holds "
-    "hashes of theta_0, which are checked on resume, and never theta_0 itself.",
+    "hashes of theta_0, which are checked on resume, and never theta_0 itself. Measured with 5 models, of which 2 "
+    "were added after a look at the first 3, so that its p-value is too small; and what survives is little: after "
+    "dropping 99 %, 0.4 % of the answers are right against Adam's 0.1 %.",
 )

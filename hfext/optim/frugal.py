@@ -26,7 +26,16 @@ from transformers.utils import logging
 from ..registry import Method, Result
 from . import _subspace
 from ._ascent import check
-from ._moments import MomentOptimizer, adam_direction, adam_moments, move, refuse_sharded, trainer_groups, wide
+from ._moments import (
+    MomentOptimizer,
+    adam_direction,
+    adam_moments,
+    check_types,
+    move,
+    refuse_sharded,
+    trainer_groups,
+    wide,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -45,8 +54,8 @@ class FRUGALConfig:
         inactive: What moves the rest: `sign_sgd`, `sgd` or `none`.
         inactive_lr_scale: Its learning rate over that of the part, >= 0; the paper fine-tunes with 0.1.
         proj_lr_scale: Learning rate of projected weights over that of the others, >= 0.
-        reset_statistics: Start moments and step counter anew with every part. Without it they stay in their place,
-            which has a meaning for `galore` and `block`.
+        reset_statistics: Start moments and step counter anew when the part becomes another. Without it they stay in
+            their place, which has a meaning for `galore` and `block`.
         seed: Of everything that is drawn; the same on every process.
     """
 
@@ -62,17 +71,11 @@ class FRUGALConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_types(self)
         check(self, "density", 0 <= self.density <= 1, "in [0, 1]")
         check(self, "update_gap", self.update_gap >= 1, ">= 1")
         check(self, "inactive_lr_scale", self.inactive_lr_scale >= 0, ">= 0")
         check(self, "proj_lr_scale", self.proj_lr_scale >= 0, ">= 0")
-        for field, choices in {
-            "projection": ("block", "columns", "rows", "randk", "galore"),
-            "order": _subspace.ORDERS,
-            "basis": ("svd", "random", "permutation"),
-            "inactive": ("sign_sgd", "sgd", "none"),
-        }.items():
-            check(self, field, getattr(self, field) in choices, f"one of {', '.join(choices)}")
 
 
 def projected_parameters(model: nn.Module, target_modules: str | list[str] | None = None) -> list[nn.Parameter]:
@@ -172,16 +175,16 @@ class FRUGAL(MomentOptimizer):
         projected = projected_parameters(context.model, context.args.optim_target_modules)
         return {**kwargs, "params": split_groups(groups, projected)}
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; where the group does not say `projected`, its matrices are, in a group of their own."""
+        for group in split_groups([param_group]):
+            super().add_param_group(group)
+
     def update(self) -> None:
         c, refresh = self.config, self.updates // self.config.update_gap
         members = [p for group in self.param_groups if group["projected"] for p in group["params"]]
         place = {id(p): i for i, p in enumerate(members)}
-        blocks = None
-        if c.projection == "block":
-            blocks = _subspace.active_blocks(len(members), c.density, c.order, refresh, c.seed)
-            for i, p in enumerate(members):
-                if i not in blocks:
-                    self.state.pop(p, None)
+        blocks = self._blocks(members, refresh) if c.projection == "block" else None
         for group, _, p in self.with_grad():
             grad = p.grad.to(wide(p.dtype))
             if not group["projected"]:
@@ -194,6 +197,19 @@ class FRUGAL(MomentOptimizer):
             change = self._change(p, matrix, kind, basis, group)
             move(p, change.reshape(p.shape).mul_(-group["lr"] * c.proj_lr_scale), group["lr"] * group["weight_decay"])
 
+    def _blocks(self, members: list[Tensor], refresh: int) -> set[int]:
+        """The tensors that have moments. Drops those of the others, and of all when others had them before."""
+        c = self.config
+        now, before = (
+            _subspace.active_blocks(len(members), c.density, c.order, max(0, turn), c.seed)
+            for turn in (refresh, refresh - 1)
+        )
+        for i, p in enumerate(members):
+            begins = now != before and self.state.get(p, {}).get("refresh") != refresh
+            if i not in now or (c.reset_statistics and begins):
+                self.state.pop(p, None)
+        return now
+
     def _part(
         self, p: Tensor, i: int, grad: Tensor, refresh: int, active: bool | None
     ) -> tuple[str | None, Tensor | None]:
@@ -204,11 +220,12 @@ class FRUGAL(MomentOptimizer):
         kind = "all" if active else _subspace.kind_of(c.projection, grad.shape, c.basis)
         state = self.state[p]
         if state.get("refresh") != refresh:
-            if c.reset_statistics:
-                state.clear()
             if kind != "all":
                 size = _subspace.size_of(kind, grad.shape, c.density)
-                state["basis"] = _subspace.draw(kind, grad, size, c.basis, _subspace.generator(c.seed, i, refresh))
+                basis = _subspace.draw(kind, grad, size, c.basis, _subspace.generator(c.seed, i, refresh))
+                if c.reset_statistics and not ("basis" in state and torch.equal(state["basis"], basis)):
+                    state.clear()
+                state["basis"] = basis
             state["refresh"] = refresh
         return kind, state.get("basis")
 

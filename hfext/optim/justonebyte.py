@@ -13,6 +13,7 @@ arXiv 2306.10015.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..registry import Method, Result
-from ._zeroth import Move, digest, gathered, mix, rank_and_processes
+from ._zeroth import Move, ZerothOrderConfig, digest, gathered, mix, rank_and_processes
 from .mezo import MeZO
 
 logger = logging.get_logger(__name__)
@@ -30,38 +31,25 @@ LEVELS, STEPS = 127, 4  # levels of a magnitude, and how many of them double it
 
 
 @dataclass(frozen=True, kw_only=True)
-class JustOneByteConfig:
+class JustOneByteConfig(ZerothOrderConfig):
     """
     Args:
-        eps: Length of the step to either side, in units of the noise; > 0.
         lowest: Exponent of the smallest magnitude that is sent, 2^lowest; the largest is 2^(lowest + 31.5). From -60
             to 20.
         rounding: `stochastic` sends pg in the mean; `nearest` is within 9.1 % of it.
-        check_every: Updates between comparisons of the machines' weights; >= 1.
-        seed: Of the directions; the Trainer's `seed` by default.
+        check_every: Updates between comparisons of the machines' settings and weights; >= 1.
     """
 
-    eps: float = 1e-3
     lowest: int = -20
     rounding: str = "stochastic"
     check_every: int = 64
-    seed: int | None = None
 
     def __post_init__(self):
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps is {self.eps!r} but must be above 0 and finite.")
-        if not -60 <= self.lowest <= 20:
-            raise ValueError(f"lowest is {self.lowest!r} but must be from -60 to 20.")
+        super().__post_init__()
+        self.whole("lowest", -60, 20)
+        self.whole("check_every", 1)
         if self.rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding is {self.rounding!r} but must be one of stochastic, nearest.")
-        if self.check_every < 1:
-            raise ValueError(f"check_every is {self.check_every!r} but must be >= 1.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r} but must be >= 0 and below 2^63.")
-
-    @property
-    def restore(self) -> str:
-        return "exact"
 
 
 def decode(code: int, lowest: int) -> float:
@@ -108,16 +96,24 @@ class JustOneByte(MeZO):
         run_seed: Seed where the config has none.
         **options: Fields of [`JustOneByteConfig`].
 
-    Attributes:
-        bytes_sent: Bytes that all machines have sent so far.
+    Every machine brings the same number of samples to every update.
     """
 
     Config = JustOneByteConfig
+    trajectory_of = None
     own_batches = True
+    exact = True
 
     def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.0, run_seed: int = 0, **options: Any):
         super().__init__(params, lr, weight_decay, run_seed, **options)
-        self.bytes_sent = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that all machines have sent for the updates so far."""
+        return sum(map(len, self.projected))
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "lowest": self.config.lowest}
 
     @torch.no_grad()
     def probe(self, closures: Sequence[Callable[..., Tensor]]) -> float:
@@ -133,7 +129,6 @@ class JustOneByte(MeZO):
             losses.append((up + down) / 2)
             codes.append(self._code((up - down) / (2 * self.config.eps), sample))
         sent = gathered(torch.tensor(codes, dtype=torch.uint8))
-        self.bytes_sent += sent.numel()
         self._probed = self._unpack(sent.T.flatten())
         size = math.sqrt(math.fsum(g * g for g in self._probed) / len(self._probed))
         self.metrics["justonebyte/projected_grad"] = size
@@ -145,12 +140,14 @@ class JustOneByte(MeZO):
 
     def _compare_machines(self, samples: int) -> None:
         word = digest(weight for _, _, weight in self.weights())
-        own = torch.tensor([samples, self.seed, self.updates, word - (word >> 63 << 64)])
-        for name, column in zip(("samples", "seeds", "updates", "weights"), gathered(own).T.tolist(), strict=True):
+        settings = zlib.crc32(repr(self.config).encode())
+        own = torch.tensor([samples, self.seed, self.updates, settings, word - (word >> 63 << 64)])
+        names = ("samples", "seeds", "updates", "settings", "weights")
+        for name, column in zip(names, gathered(own).T.tolist(), strict=True):
             if len(set(column)) > 1:
                 raise RuntimeError(
-                    f"The machines' {name} differ{' (digests)' if name == 'weights' else ''}: {column}. Give all the "
-                    "same seed and number of samples, and start or resume them from the same weights; `replay` "
+                    f"The machines' {name} differ{' (digests)' if name in names[3:] else ''}: {column}. Give all the "
+                    "same options and number of samples, and start or resume them from the same weights; `replay` "
                     "brings a late one up to date."
                 )
 

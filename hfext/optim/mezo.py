@@ -3,9 +3,9 @@
     z ~ N(0, I);  w += eps z;  l1 = L(w);  w -= 2 eps z;  l2 = L(w);  w += eps z
     pg = (l1 - l2) / (2 eps);   w <- w - lr (pg z + wd w)
 
-z is drawn again from its seed each time it is needed. L is evaluated in eval mode without gradients and need not be
-differentiable: what `compute_loss_func` returns may be an error rate. The three in-place moves leave a rounding of a
-few ulp in the weights; `restore=exact` avoids it with a copy of them.
+z is drawn again from its seed each time it is needed. L is evaluated in eval mode (no dropout, no NEFTune) without
+gradients and need not be differentiable: what `compute_loss_func` returns may be an error rate. The three in-place
+moves leave a rounding of a few ulp in the weights; `restore=exact` avoids it with a copy of them.
 
 Fine-Tuning Language Models with Just Forward Passes, arXiv 2305.17333.
 """
@@ -17,33 +17,25 @@ import torch
 from torch import Tensor
 
 from ..registry import Method, Result
-from ._zeroth import Move, ZerothOrder, apply_
+from ._zeroth import Move, ZerothOrder, ZerothOrderConfig, apply_, undisturbed
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeZOConfig:
+class MeZOConfig(ZerothOrderConfig):
     """
     Args:
-        eps: Length of the step to either side, in units of the noise; > 0.
         directions: Directions in an update, whose estimates are averaged; each costs two forward passes.
         restore: `copyless` walks back in place; `exact` restores from a copy of the trained weights.
-        seed: Of the directions; the Trainer's `seed` by default.
     """
 
-    eps: float = 1e-3
     directions: int = 1
     restore: str = "copyless"
-    seed: int | None = None
 
     def __post_init__(self):
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps is {self.eps!r} but must be above 0 and finite.")
-        if self.directions < 1:
-            raise ValueError(f"directions is {self.directions!r} but must be >= 1.")
+        super().__post_init__()
+        self.whole("directions", 1)
         if self.restore not in ("copyless", "exact"):
             raise ValueError(f"restore is {self.restore!r} but must be one of copyless, exact.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r} but must be >= 0 and below 2^63.")
 
 
 class MeZO(ZerothOrder):
@@ -58,18 +50,24 @@ class MeZO(ZerothOrder):
     """
 
     Config = MeZOConfig
+    trajectory_of = "MeZO"
 
     def __init__(self, params, lr: float = 1e-6, weight_decay: float = 0.0, run_seed: int = 0, **options):
         super().__init__(params, lr, weight_decay, run_seed, **options)
-        self._away: list[float] = []  # how far each weight is from its place, in units of the direction `_seed`
+        self._away: dict[int, float] = {}  # how far each weight is from its place along the direction `_seed`
         self._seed = 0
-        self._backup: list[Tensor] = []
+        self._backup: dict[int, Tensor] = {}
+
+    @property
+    def exact(self) -> bool:
+        """Whether weights come back from a copy."""
+        return self.config.restore == "exact"
 
     def pair(self, closures: Sequence[Callable[..., Tensor]], seed: int, count: bool) -> tuple[float, float]:
-        eps, weights = self.config.eps, self.weights()
-        if self.config.restore == "exact":
-            self._backup = [weight.detach().clone() for _, _, weight in weights]
-        self._away, self._seed = [0.0] * len(weights), seed
+        eps = self.config.eps
+        if self.exact:
+            self._backup = {place: weight.detach().clone() for place, _, weight in self.weights()}
+        self._away, self._seed = {place: 0.0 for place, _, _ in self.weights()}, seed
         try:
             self._walk(eps)
             up = sum(float(closure(count=count)) for closure in closures)
@@ -80,18 +78,20 @@ class MeZO(ZerothOrder):
         return up, down
 
     def _walk(self, distance: float) -> None:
-        for place, _, weight in self.weights():
-            apply_(weight, [Move(self._seed, distance)], place)
-            self._away[place] += distance
+        with undisturbed():
+            for place, _, weight in self.weights():
+                apply_(weight, [Move(self._seed, distance)], place)
+                self._away[place] += distance
 
     @torch.no_grad()
     def restore(self) -> None:
-        for place, _, weight in self.weights() if self._away else ():
-            if self._backup:
-                weight.copy_(self._backup[place])
-            elif self._away[place]:
-                apply_(weight, [Move(self._seed, -self._away[place])], place)
-        self._away, self._backup = [], []
+        with undisturbed():
+            for place, _, weight in self.weights() if self._away else ():
+                if self._backup:
+                    weight.copy_(self._backup[place])
+                elif self._away[place]:
+                    apply_(weight, [Move(self._seed, -self._away[place])], place)
+            self._away, self._backup = {}, {}
 
     @property
     def is_perturbed(self) -> bool:
@@ -119,6 +119,8 @@ METHOD = Method(
         value="within 1 % on 7 of 11",
     ),
     recipe="optim/mezo-llama-wikipedia.yaml",
-    notes="Accumulation, several directions and processes are exact means over one direction's two losses. The update "
-    "is the same on every process because all draw the same noise on the same kind of device.",
+    notes="Learning rates are of the order of 1e-6 for all weights of a large language model and 1e-4 to 1e-3 for "
+    "LoRA; a model that was not pretrained hardly learns. The log's grad_norm is 0, for there is none: "
+    "mezo/projected_grad is what was measured. Accumulation and processes make an exact mean of a direction's two "
+    "losses. The update is the same on every process because all draw the same noise on the same kind of device.",
 )

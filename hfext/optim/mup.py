@@ -224,7 +224,7 @@ def trainer_groups(model: nn.Module, cls: type, kwargs: Mapping[str, Any], args:
     if kind is None or own:
         reason = f"it makes parameter groups of its own ({own[0]})" if own else "how its step scales is not known"
         raise NotImplementedError(
-            f"The model is in muP, whose learning rates optim={str(args.optim)!r} would not have: {reason}. Use "
+            f"The model is in muP, whose learning rates optim={args.optim.value!r} would not have: {reason}. Use "
             "adamw_torch or sgd, or Trainer(optimizers=(Optimizer(mup.param_groups(model, kind, lr=...)), None))."
         )
     bare = set(trained) - decayed_parameters(model)
@@ -332,5 +332,7 @@ METHOD = Method(
     after_load="hfext.optim.mup.apply(model, rescale=False)",
     recipe="optim/mup-llama-coordinates.yaml",
     notes="The abc view is from Feature Learning in Infinite-Width Neural Networks, arXiv 2011.14522. Code that uses "
-    "`lm_head.weight` without calling `lm_head`, such as fused cross-entropy kernels, misses the multiplier.",
+    "`lm_head.weight` without calling `lm_head`, such as fused cross-entropy kernels, misses the multiplier. The "
+    "Llamas of the coordinate check see one row of 6 tokens and begin with a readout of 0. With 4 rows of 32 tokens "
+    "the slope of an untied `lm_head` is -0.21 (SGD) and -0.13 (AdamW), beyond the bar of 0.1.",
 )

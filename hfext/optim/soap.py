@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 
 from ..registry import Method, Result
 from ._ascent import check
-from ._moments import MomentOptimizer, adam_moments, move, refuse_sharded, wide
+from ._moments import MomentOptimizer, adam_moments, check_types, checked_betas, move, refuse_sharded, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class SOAPConfig:
     normalize_grads: bool = False
 
     def __post_init__(self):
+        check_types(self)
         for field in ("beta1", "beta2", "shampoo_beta"):
             value = getattr(self, field)
             check(self, field, value is None or 0 <= value < 1, "in [0, 1)")
@@ -131,9 +132,8 @@ class SOAP(MomentOptimizer):
         **options: Any,
     ):
         config = SOAPConfig(**options)
-        betas = tuple(
-            own if own is not None else b for own, b in zip((config.beta1, config.beta2), betas, strict=True)
-        )
+        first, second = checked_betas("SOAP", betas)
+        betas = (first if config.beta1 is None else config.beta1, second if config.beta2 is None else config.beta2)
         super().__init__(params, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     @classmethod
@@ -223,5 +223,7 @@ METHOD = Method(
     notes="State of a matrix [m, n]: 2 m n + 2 m^2 + 2 n^2 numbers in float32. A gradient that is not finite leaves "
     "out the whole update, so that it never enters a preconditioner. Where gradients have a lower rank than a side is "
     "long (few tokens, unused embeddings), rounding decides on the basis of the rest: runs that sum in another order, "
-    "such as with accumulation or on more processes, then part.",
+    "such as with accumulation or on more processes, then part. `precondition_1d` meets that in every model, since a "
+    "vector's gradient has rank 1: on a tiny GPT-2, accumulation then changes weights by up to 1.5e-2. Measured with "
+    "the best learning rate at the top of the grid, so that SOAP may have a better one.",
 )

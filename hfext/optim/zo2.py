@@ -6,11 +6,12 @@ once down in an update. The moves of update t wait until the block comes up in u
     block i comes up  ->  the moves that waited; the result goes back to the host
                       ->  side 1 runs at w + eps z  ->  side 2 at (w + eps z) - 2 eps z  ->  dropped
 
-while block i+1 is on its way. What is in no block (embeddings, final norm, head) stays on the device. The moves and
-their order are those of MeZO, so the weights are MeZO's, bit for bit.
+while block i+1 is on its way. What is in no block (embeddings, final norm, head) stays on the device, once for each
+side. The moves and their order are those of MeZO, so the weights are MeZO's, bit for bit.
 
 The two sides are two calls of the unchanged model in two threads, of which one runs at a time: the hooks of the blocks
-hand over. Any model with a `ModuleList` of blocks works, with any loss.
+hand over, and each side has its own random numbers. Any model with a `ModuleList` of blocks works, with any loss of
+its outputs.
 
 ZO2: Scalable Zeroth-Order Fine-Tuning for Extremely Large Language Models with Limited GPU Memory, arXiv 2503.12668.
 """
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import Method, Result
-from ._offload import Offload, find_blocks
-from ._zeroth import Move, ZerothOrder, apply_
+from ._offload import Offload, checked_blocks, find_blocks
+from ._passes import rng_state, set_rng_state
+from ._zeroth import Move, ZerothOrder, apply_, undisturbed
 from .mezo import MeZOConfig
 
 
@@ -48,7 +50,7 @@ def offload(
             "The blocks of this model are in host memory already; call model.hfext_offload.remove() first."
         )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Offload(model, find_blocks(model) if blocks is None else blocks, device)
+    return Offload(model, find_blocks(model) if blocks is None else checked_blocks(model, blocks), device)
 
 
 class _Abandoned(BaseException):
@@ -56,23 +58,29 @@ class _Abandoned(BaseException):
 
 
 class _Sides:
-    """Two calls that take turns; the second in a thread of its own."""
+    """Two calls that take turns; the second in a thread of its own, with the settings of the first one's."""
 
-    def __init__(self, on_switch: Callable[[int], None]):
+    def __init__(self, device: torch.device, on_switch: Callable[[int], None]):
         self.turn = [threading.Semaphore(0), threading.Semaphore(0)]
         self.done, self.error = [False, False], None
-        self.on_switch, self.thread = on_switch, None
+        self.device, self.on_switch, self.thread = device, on_switch, None
+        self.side, self.rng = 0, [None, rng_state()]
 
     def run(self, calls: Sequence[Callable[[], float]]) -> list[float]:
         results = [0.0, 0.0]
-        context = contextvars.copy_context()
+        context, inference = contextvars.copy_context(), torch.is_inference_mode_enabled()
         casts = {k: torch.get_autocast_dtype(k) for k in ("cpu", "cuda") if torch.is_autocast_enabled(k)}
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
         def second():
             self.turn[1].acquire()
             try:
                 if self.error is None:
                     with contextlib.ExitStack() as stack:
+                        stack.enter_context(torch.inference_mode(inference))
+                        if stream is not None:
+                            stack.enter_context(torch.cuda.device(self.device))
+                            stack.enter_context(torch.cuda.stream(stream))
                         for kind, dtype in casts.items():
                             stack.enter_context(torch.autocast(kind, dtype=dtype))
                         results[1] = context.run(calls[1])
@@ -89,9 +97,13 @@ class _Sides:
             self.error = self.error or error
         self.done[0] = True
         if self.error is None:
-            self.on_switch(1)
+            self.switch(1)
         self.turn[1].release()
-        self.thread.join()
+        while self.thread.is_alive():  # an interrupt must not leave it behind
+            try:
+                self.thread.join()
+            except BaseException as error:
+                self.error = self.error or error
         if self.error is not None:
             raise self.error
         return results
@@ -99,31 +111,40 @@ class _Sides:
     def mine(self) -> int:
         return int(threading.current_thread() is self.thread)
 
+    def switch(self, side: int) -> None:
+        """The weights and random numbers of a side."""
+        if side != self.side:
+            self.rng[self.side] = rng_state()
+            set_rng_state(self.rng[side])
+            self.side = side
+            self.on_switch(side)
+
     def hand_over(self) -> None:
         side = self.mine()
         if not self.done[1 - side]:
-            self.on_switch(1 - side)
+            self.switch(1 - side)
             self.turn[1 - side].release()
             self.turn[side].acquire()
         if self.error is not None:
             raise _Abandoned
-        self.on_switch(side)
+        self.switch(side)
 
 
 class ZO2(ZerothOrder):
-    """MeZO with the blocks of a model in host memory.
+    """MeZO with the blocks of a model in host memory: `ZO2(model.parameters(), lr=1e-6, streamed=model)`.
 
     Args:
         params: As for every optimizer of torch.
-        model: The model, after `offload` or to be offloaded to `device`.
-        device: As in `offload`.
         lr: Learning rate.
         weight_decay: Decoupled from the direction, times `lr`.
         run_seed: Seed where the config has none.
+        streamed: The model, after `offload` or to be offloaded to `device`.
+        device: As in `offload`.
         **options: Fields of [`MeZOConfig`].
     """
 
     Config = MeZOConfig
+    trajectory_of = "MeZO"
 
     def __init__(self, params, lr: float = 1e-6, weight_decay: float = 0.0, run_seed: int = 0, *, streamed: nn.Module,
                  device: torch.device | str | None = None, **options: Any):  # fmt: skip
@@ -183,7 +204,7 @@ class ZO2(ZerothOrder):
             for w, versions in self._resident:
                 w.data = versions[side]
 
-        sides = _Sides(switch)
+        sides = _Sides(stream.device, switch)
         calls = [
             lambda first=first: sum(float(closure(count=count and first)) for closure in closures)
             for first in (True, False)
@@ -212,11 +233,12 @@ class ZO2(ZerothOrder):
         return up, down
 
     def update(self, moves: list[list[Move]]) -> None:
-        for place, group, weight in self.weights():
-            if id(weight) in self.offload.home:
-                self.offload.put_off(weight, place, moves[group])
-            else:
-                apply_(weight, moves[group], place)
+        with undisturbed():
+            for place, group, weight in self.weights():
+                if id(weight) in self.offload.home:
+                    self.offload.put_off(weight, place, moves[group])
+                else:
+                    apply_(weight, moves[group], place)
 
     def flush(self) -> None:
         self.offload.flush()
@@ -241,7 +263,7 @@ METHOD = Method(
     target="hfext.optim.zo2:ZO2",
     config=MeZOConfig,
     usage='TrainingArguments(optim="zo2", learning_rate=1e-6, optim_args="eps=1e-3")',
-    summary="MeZO with the model's blocks in host memory: device memory of three blocks and the embeddings.",
+    summary="MeZO with the model's blocks in host memory: device memory of three blocks, and twice what is in none.",
     claim="The weights are MeZO's, with only a few blocks on the device.",
     headline=Result(
         metric="GPU memory, GB",

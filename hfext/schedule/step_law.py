@@ -103,12 +103,29 @@ def log_interval(
 
 
 def non_embedding_parameters(model: nn.Module) -> int:
-    """Parameters of a model without its embeddings and without its output matrix, each once."""
-    left_out = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if head is not None:
-        left_out |= {id(p) for p in head.parameters()}
+    """Parameters of a model, wrapped or not, without its embeddings and without its output matrix, each once."""
+    outputs = [m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)]
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    left_out = {id(p) for m in [*outputs, *embeddings] if m is not None for p in m.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse adapters, and warn of what the law was not fitted on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ValueError(
+            "model_or_params has adapters, but Step Law is for pretraining, where all weights are trained. Pass the "
+            "model without them."
+        )
+    if was_loaded(model):
+        logger.warning(
+            "Step Law is for pretraining: these weights were loaded, and fine-tuning wants other, mostly far "
+            "smaller, learning rates."
+        )
+    if any("expert" in f"{name} {type(m).__name__}".lower() for name, m in model.named_modules()):
+        logger.warning("Step Law was fitted on dense models; here all experts are counted, the idle ones too.")
 
 
 def step_law(
@@ -129,12 +146,8 @@ def step_law(
     if mode not in ("mean", "rounded", "quantiles"):
         raise ValueError(f"mode is {mode!r} but must be one of mean, rounded, quantiles.")
     if isinstance(model_or_params, nn.Module):
+        _check_model(model_or_params)
         parameters = non_embedding_parameters(model_or_params)
-        if was_loaded(model_or_params):
-            logger.warning(
-                "Step Law is for pretraining: these weights were loaded, and fine-tuning wants other, mostly far "
-                "smaller, learning rates."
-            )
     else:
         parameters = model_or_params
     for name, value in (("model_or_params", parameters), ("tokens", tokens), ("seq_len", seq_len)):
@@ -188,6 +201,10 @@ def apply_step_law(
     seq_len = vars(args).get("max_length") if seq_len is None else seq_len
     if seq_len is None:
         raise ValueError("seq_len is missing: a batch in tokens says nothing without the tokens of a row.")
+    if "adamw" not in args.optim.value:
+        logger.warning(
+            f"Step Law was fitted on AdamW; its learning rate may be far off for optim={args.optim.value!r}."
+        )
     law = step_law(model, tokens, seq_len)
     devices = args.world_size * max(1, args.n_gpu)
     rows, accumulation = split_batch(law.batch_sequences, args.per_device_train_batch_size, devices)
@@ -224,7 +241,7 @@ METHOD = Method(
         value="0.094",
     ),
     recipe="schedule/step_law-published-grids.yaml",
-    notes="For AdamW and a cosine whose final rate is 1e-5 whatever the peak; not for fine-tuning. The range that is "
-    "warned about (60M to 1.1B parameters, 2B to 100B tokens) is as recalled from the paper; the published dense runs "
-    "have 215M to 1.07B parameters and 4B to 100B tokens.",
+    notes="For dense models, AdamW and a cosine whose final rate is 1e-5 whatever the peak; not for fine-tuning. The "
+    "range that is warned about (60M to 1.1B parameters, 2B to 100B tokens) is as recalled from the paper; the "
+    "published dense runs have 215M to 1.07B parameters and 4B to 100B tokens.",
 )

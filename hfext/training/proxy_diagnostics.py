@@ -238,6 +238,8 @@ class ProxyDiagnostics(TrainerCallback):
                 continue
             if state["exp_avg_sq"].shape != p.shape or not state["exp_avg_sq"].is_floating_point():
                 continue
+            if state["step"] < 1:  # the first call of SOAP moves nothing
+                continue
             pair = adam_update(
                 state["exp_avg"], state["exp_avg_sq"], float(state["step"]), group["betas"], group["eps"]
             )

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import Trainer
 
+from .._fields import coerce
 from ..optim._objective import mean_over_update
 from ..registry import Method, Result
 from ._trajectory import CHUNK, check, logits_of, rows_with_label
@@ -35,6 +36,7 @@ class ZLossConfig:
     coefficient: float = 1e-4
 
     def __post_init__(self):
+        coerce("ZLossConfig: coefficient", float, self.coefficient)
         check(self, "coefficient", self.coefficient >= 0 and math.isfinite(self.coefficient), "finite and >= 0")
 
 
@@ -150,5 +152,7 @@ METHOD = Method(
         setting="small decoder-only models on C4 (as recalled from the paper)",
         value="divergence at the highest learning rates removed",
     ),
-    notes="Measured with and without in the recipe of `proxy_diagnostics`. First used in PaLM, arXiv 2204.02311.",
+    notes="The claim is the paper's. The only measurement here is in the recipe of `proxy_diagnostics` and shows no "
+    "effect at 1e-4: at the highest learning rate |log Z| is 4.27 without and 4.20 with it, 4.13 and 4.11 in the "
+    "larger model, where nothing drifts either way. First used in PaLM, arXiv 2204.02311.",
 )

@@ -60,6 +60,7 @@ def test_a_short_run_of_fewer_tokens(tmp_path):
     assert evidence["n"] == 2 and [len(r["each seed"].split()) for r in rows] == [2, 2, 2, 1]
     assert evidence["ours"] == rows[2]["held-out loss"] and evidence["baseline"] == rows[0]["held-out loss"]
     assert evidence["reproduced"] == (evidence["ours"] <= evidence["baseline"])
+    assert "The learning rate of AdamW and SOAP lies at the edge of the grid" in evidence["note"]
 
 
 def test_the_first_share_below_the_goal():

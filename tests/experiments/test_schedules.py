@@ -63,6 +63,44 @@ def test_regret_is_against_the_best_of_the_same_setting():
     assert first == [0, 0] and second == pytest.approx([0.2, 0.1])
 
 
+def test_a_best_that_ties_with_the_edge_is_at_the_edge():
+    setting = (4, 10)
+    found = {("power", a, setting): [2.0, 2.0 + loss] for a, loss in ((0.1, 1.0), (0.2, 0.4), (0.4, 0.4), (0.8, 0.4))}
+    assert rate_transfer.ranked(found, "power", setting)[0] == 0.2 and rate_transfer.at_edge(found, "power", setting)
+    found["power", 0.8, setting] = [2.4, 2.0]  # the same mean, but another run
+    assert not rate_transfer.at_edge(found, "power", setting)
+    found["power", 0.1, setting] = [1.0, 1.0]
+    assert rate_transfer.at_edge(found, "power", setting)
+
+
+# Losses over a = 1 ... 4 (power) and peaks 1 ... 4 (cosine) in two settings; power loses nothing, the cosine 1.
+CLEAR = {
+    ("power", 0): (9, 1, 2, 9), ("power", 1): (9, 1, 1.1, 9), ("cosine", 0): (9, 1, 2, 9), ("cosine", 1): (9, 4, 3, 4)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, reproduced, said",
+    [
+        ({}, False, "the regrets are 0.1000 and 0.0000"),  # the second best peak loses nothing
+        ({("cosine", 1): (9, 4, 5, 3.5)}, False, "At the edge of a grid: cosine at 4 x 40"),
+        ({("cosine", 0): (9, 1, 9, 2), ("cosine", 1): (9, 4, 3, 5)}, True, "No best lies at the edge"),
+        ({("cosine", 0): (9, 1, 9, 2), ("cosine", 1): (9, 4, 3, 5), ("power", 1): (9, 9, 1, 1)}, False, "edge"),
+    ],
+)
+def test_what_counts_as_reproduced(change, reproduced, said, tmp_path, monkeypatch):
+    settings, grid = ((4, 10), (4, 40)), (1.0, 2.0, 3.0, 4.0)
+    cells = {
+        (name, value, settings[i]): [loss, loss]
+        for (name, i), losses in {**CLEAR, **change}.items()
+        for value, loss in zip(grid, losses, strict=True)
+    }
+    monkeypatch.setattr(rate_transfer, "losses", lambda config: cells)
+    config = rate_transfer.Config(settings=settings, amplitudes=grid, peaks=grid)
+    evidence = rate_transfer.run(config, tmp_path)["evidence"]
+    assert evidence["reproduced"] is reproduced and said in evidence["note"]
+
+
 @needs_text
 def test_rate_transfer_runs(tmp_path):
     config = rate_transfer.Config(
@@ -78,6 +116,7 @@ def test_rate_transfer_runs(tmp_path):
     [
         (rate_transfer.Config, "decay", 1.0),
         (rate_transfer.Config, "seeds", 0),
+        (rate_transfer.Config, "peaks", (0.1,)),
         (step_law_grids.Config, "tokens", 0),
         (step_law_grids.Config, "warmup", -0.1),
     ],

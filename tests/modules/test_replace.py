@@ -1,9 +1,11 @@
 """`replace`: which layers, the same weights under the same names, and all of it undone."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -157,6 +159,28 @@ def test_a_deep_copy_trains_alone(tiny_llama):
     assert len(other) == 1 and id(own) not in other and own.counter == 0
 
 
+@pytest.mark.parametrize("kind", ["accelerate", "patched"])
+def test_a_layer_with_a_forward_of_its_own_is_refused_and_taken_without_it(tiny_llama, kind):
+    """It would run instead of the new module's, silently."""
+    model = tiny_llama()
+    dense = model.model.layers[1].mlp.up_proj
+    if kind == "accelerate":
+        add_hook_to_module(dense, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    else:
+        dense.forward = partial(nn.functional.linear, weight=dense.weight)
+    with pytest.raises(
+        NotImplementedError, match=r"layers.1.mlp.up_proj has a forward of its own.* or leave the layer"
+    ):
+        replace(model, TEMPLATE)
+    assert not names(model)
+    assert len(replace(model, TEMPLATE, exclude_modules=["layers.1.mlp.up_proj"]).modules) == 13
+    if kind == "accelerate":
+        remove_hook_from_module(model, recurse=True)
+        module = replace(model, TEMPLATE, target_modules=["layers.1.mlp.up_proj"]).modules.popitem()[1]
+        x = torch.randn(20, 32, requires_grad=True)
+        assert "SampledLinear" in type(module.train()(x).grad_fn.next_functions[0][0]).__name__
+
+
 # undo
 
 
@@ -198,6 +222,12 @@ def test_as_a_context_manager(tiny_llama):
 def test_no_match_is_an_error(tiny_llama, targets, message):
     with pytest.raises(ValueError, match=message):
         replace(tiny_llama(), TEMPLATE, target_modules=targets)
+
+
+def test_targets_that_are_no_names_are_named(tiny_llama):
+    for fields in ({"target_modules": None}, {"exclude_modules": [3]}):
+        with pytest.raises(TypeError, match=rf"{next(iter(fields))} is .* but must be names"):
+            replace(tiny_llama(), TEMPLATE, **fields)
 
 
 def test_replacing_twice_says_what_to_do(tiny_llama):

@@ -1,6 +1,8 @@
 """WTA-CRS: the estimator against its closed forms, what is kept, the norm cache, and the real Trainer."""
 
+import copy
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from processes import run_two
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hfext.modules import WTACRSConfig, WTACRSLinear, WTACRSMixin, replace
-from hfext.modules.wta_crs import choose, kept_rows, probabilities, tails, winner_count
+from hfext.modules.wta_crs import MIXED, choose, kept_rows, probabilities, tails, winner_count
 
 
 class WTACRSTrainer(WTACRSMixin, Trainer):
@@ -323,6 +325,48 @@ def test_draws_leave_torchs_generator_alone_and_change_with_each_step():
     assert torch.equal(a, again) and not torch.equal(a, other)
 
 
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_draw_anew_after_each_step_too(twin):
+    x = torch.randn(40, 16)
+    model = layer(dense_layer(), ratio=0.3, norm_source="activation")
+    draws_of(model, x, 2)
+    model = twin(model)
+    first = draws_of(model, x, 2)
+    found = draws_of(model, x, 4, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert torch.equal(*first) and torch.equal(first[0], found[0])
+    assert len({weight.numpy().tobytes() for weight in found}) == 4
+
+
+class Two(nn.Module):
+    """Two layers that read the same tensor; `change` is called in between."""
+
+    def __init__(self, change=lambda x: None, **options):
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b, self.change = nn.Linear(16, 8), nn.Linear(16, 8), change
+        self.train()
+        self.sampler = replace(self, WTACRSLinear(**{"min_rows": 1, **options})).modules["a"].sampler
+
+    def forward(self, x, attention_mask=None):
+        first = self.a(x)
+        self.change(x)
+        return torch.stack([first, self.b(x)])
+
+
+def test_each_layer_draws_for_itself():
+    model = Two(ratio=0.3, norm_source="activation", share_inputs=False)
+    model(torch.randn(40, 16)).backward(torch.randn(40, 8).expand(2, 40, 8))
+    assert not torch.equal(model.a.weight.grad, model.b.weight.grad)
+
+
+def test_an_input_that_was_changed_in_place_is_not_taken_for_the_same():
+    """One row is left of it: a winner, so the gradient is exact."""
+    x, g = torch.randn(40, 16), torch.randn(2, 40, 8)
+    model = Two(lambda x: x[1:].zero_(), ratio=0.3)
+    model(x).backward(g)
+    torch.testing.assert_close(model.b.weight.grad, torch.outer(g[1, 0], x[0]))
+
+
 def test_a_batch_that_is_repeated_before_the_step_draws_the_same_rows():
     x = torch.randn(40, 16)
     model = layer(dense_layer(), ratio=0.3, norm_source="activation")
@@ -407,6 +451,43 @@ def test_the_cache_holds_the_norms_of_each_examples_rows_and_is_used(tiny_gpt2):
     assert sampler.known_norms(name, torch.Size((24, 8))) is None  # rows that belong to no example
 
 
+def test_padding_has_the_mean_norm_of_its_own_gradient():
+    x, g = torch.randn(2, 6, 16), torch.randn(2, 2, 6, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]])
+    g[:, mask == 0] *= 10
+    model = Two(ratio=0.5)
+    model(x, attention_mask=mask).backward(g)
+    norms = g.square().sum((0, -1)).sqrt()
+    expected = norms.clone()
+    for row, keep in zip(expected, mask.bool(), strict=True):
+        row[~keep] = row[~keep].mean()
+    found = model.sampler.known_norms("a", x.shape)
+    torch.testing.assert_close(found, expected.flatten(), rtol=0.01, atol=0)
+
+
+def test_rows_that_had_no_gradient_when_seen_last_are_drawn_with_bounded_weights():
+    """An example is known by its contents, not by its label: its old norms may say nothing of its new gradient."""
+    x, g = torch.randn(40, 16), torch.randn(40, 8)
+    model = layer(dense_layer(), ratio=0.3)
+    gradients(model, x[:, None], (g * (torch.arange(40) < 20)[:, None])[:, None])
+    sampler = model[0].sampler
+    cached = dict(sampler.norms["0"])
+    draws, scales = [], []
+    for _ in range(1500):
+        sampler.norms["0"] = dict(cached)
+        sampler.recent.clear()
+        model.zero_grad()
+        y = model(x[:, None])
+        scales.append(y.grad_fn.next_functions[0][0].saved_tensors[3].max().item())
+        y.backward(g[:, None])
+        draws.append(model[0].weight.grad.clone())
+    draws, exact = torch.stack(draws), g.T @ x
+    error, deviation = draws.mean(0) - exact, draws.std(0) / math.sqrt(len(draws))
+    assert (error.abs() <= 5 * deviation).all() and error.norm() <= 1.5 * deviation.norm() <= 0.5 * exact.norm()
+    norms = x.norm(dim=1)
+    assert 100 < max(scales) <= norms.sum() / norms.min() / MIXED
+
+
 def test_known_norms_lower_the_variance():
     """The same batch again and again at fixed weights: with the cache, draws are from the ideal p."""
     x, g = rows(n=64, d=16, spread=1.0, seed=0, dtype=torch.float32)
@@ -429,22 +510,12 @@ def test_known_norms_lower_the_variance():
 
 
 def test_shared_layers_cache_the_norm_of_their_joint_gradient():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(16, 8), nn.Linear(16, 4)
-
-        def forward(self, x):
-            return torch.cat([self.a(x), self.b(x)], -1)
-
-    model = Two().train()
-    sampler = next(iter(replace(model, WTACRSLinear(ratio=0.5, min_rows=1)).modules.values())).sampler
-    x, g = torch.randn(20, 2, 16), torch.randn(20, 2, 12)
+    model, x, g = Two(ratio=0.5), torch.randn(20, 2, 16), torch.randn(2, 20, 2, 8)
     model(x).backward(g)
-    (name,) = sampler.norms
-    assert name == "a"
-    found = torch.stack([sampler.norms["a"][key][:-1] for key in sampler.examples]).float()
-    torch.testing.assert_close(found, g.norm(dim=-1), rtol=0.01, atol=1e-6)
+    norms = model.sampler.norms
+    assert list(norms) == ["a"]
+    found = torch.stack([norms["a"][key][:-1] for key in model.sampler.examples]).float()
+    torch.testing.assert_close(found, g.square().sum((0, -1)).sqrt(), rtol=0.01, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["tiny_bert_classifier", "tiny_t5"])
@@ -618,6 +689,8 @@ def test_gradient_checkpointing_is_warned_about(tmp_path, monkeypatch):
     [
         ("ratio", 0.0, r"ratio is 0.0 but must be in \(0, 1\]"),
         ("ratio", 1.5, "ratio is 1.5"),
+        ("ratio", "a", "ratio is 'a' but must be float"),
+        ("min_rows", "a", "min_rows is 'a' but must be an integer"),
         ("min_rows", 0, "min_rows is 0 but must be an integer >= 1"),
         ("seed", -1, "seed is -1 but must be an integer >= 0"),
         ("norm_source", "index", "norm_source is 'index' but must be one of cache, activation"),
@@ -646,11 +719,12 @@ def test_a_damaged_cache_is_refused(tmp_path):
         sampler.load(str(tmp_path / "b.safetensors"))
 
 
-def test_two_replacements_of_one_model_cannot_be_saved(tmp_path):
+def test_two_replacements_of_one_model_are_refused_before_training(tmp_path):
     model = gpt2()
-    replace(model, WTACRSLinear(), target_modules=["c_fc"])
+    for targets in (["c_fc"], ["c_attn"]):
+        replace(model, WTACRSLinear(), target_modules=targets)
     with pytest.raises(NotImplementedError, match="replace all layers in one call"):
-        trained(tmp_path, model, save_strategy="steps", save_steps=1, max_steps=1)
+        WTACRSTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True))
 
 
 def test_a_resume_without_the_file_says_so(tmp_path, monkeypatch):

@@ -264,6 +264,14 @@ def test_unsupported_sharding_is_refused_at_construction(option, tmp_path):
         TrainingArguments(output_dir=str(tmp_path), optim="sam", **option)
 
 
+@pytest.mark.parametrize("option", [{"deepspeed": {}}, {"fsdp": "full_shard"}])
+def test_a_refusal_of_sharding_names_the_optimizer_as_it_was_given(option, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), optim="sam")
+    vars(args).update(option)
+    with pytest.raises(NotImplementedError, match="^optim='sam' does not run with"):
+        check_arguments(args)
+
+
 def test_optimizer_given_as_object(tmp_path):
     net = Net()
     optimizer = SharpnessAware(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.3)

@@ -42,6 +42,39 @@ def test_density_one_is_adamw(options):
     assert (train(ours, optimizer, 13) - expected).abs().max() <= 1e-7
 
 
+@pytest.mark.parametrize("projection", ["block", "columns", "rows", "randk"])
+def test_with_defaults_too_density_one_is_adamw_over_several_gaps(projection):
+    """The part never becomes another, so the moments go on."""
+    theirs, ours = net(), net()
+    expected = train(theirs, torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.1), 13)
+    optimizer = frugal(ours, weight_decay=0.1, density=1.0, update_gap=3, projection=projection)
+    assert (train(ours, optimizer, 13) - expected).abs().max() <= 1e-7
+    assert {s["step"] for s in optimizer.state.values()} == {13}
+
+
+def test_a_window_that_comes_twice_keeps_its_moments():
+    """There and back over 4 tensors: the last window is the first of the way back. Ascending, it is not."""
+    for order, last in (("mirror", 4), ("ascending", 2)):
+        w = [nn.Parameter(torch.randn(4, 4)) for _ in range(4)]
+        optimizer = FRUGAL(w, density=0.5, update_gap=2, order=order)
+        for step in range(6):
+            for p in w:
+                p.grad = torch.randn(4, 4)
+            optimizer.step()
+        assert {s["step"] for s in optimizer.state.values()} == {last}, order
+
+
+def test_tensors_of_two_windows_begin_anew_with_the_second():
+    """3 tensors in windows of 2: the last window is filled up from the first."""
+    w = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+    optimizer = FRUGAL(w, density=0.67, update_gap=2, order="ascending")
+    for step in range(3):
+        for p in w:
+            p.grad = torch.randn(4, 4)
+        optimizer.step()
+    assert optimizer.state.keys() == {w[2], w[0]} and {s["step"] for s in optimizer.state.values()} == {1}
+
+
 def test_density_zero_is_sign_descent_with_decoupled_decay():
     theirs, ours = net(), net()
     optimizer = frugal(ours, weight_decay=0.1, density=0.0, inactive_lr_scale=0.5)
@@ -130,6 +163,28 @@ def test_one_step_by_hand():
     torch.testing.assert_close(w.detach(), torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2) - rate * g.sign() - 0.1)
 
 
+def test_the_rule_of_the_rest_holds_where_a_tensor_has_no_part():
+    """Plain gradients with `sgd`, whatever their size; in density 0 and in a tensor that is not active."""
+    g = torch.tensor([[0.3, -2.0], [0.0, 7.0]])
+    for density in (0.0, 0.5):
+        w = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+        optimizer = FRUGAL(w, lr=0.1, density=density, inactive="sgd", inactive_lr_scale=0.5, order="descending")
+        for p in w:
+            p.grad = g.clone()
+        optimizer.step()
+        torch.testing.assert_close(w[0].detach(), 1 - 0.1 * 0.5 * g)
+        assert (w[1] not in optimizer.state) == (density == 0)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+def test_the_scale_of_the_projected_rate_leaves_the_decay_alone(density):
+    w = nn.Parameter(torch.full((4, 4), 2.0))
+    optimizer = FRUGAL([w], lr=0.1, weight_decay=0.3, density=density, projection="columns", proj_lr_scale=0.25)
+    w.grad = torch.zeros(4, 4)
+    optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.full((4, 4), 2.0 * (1 - 0.1 * 0.3)))
+
+
 # parts
 
 
@@ -207,6 +262,19 @@ def test_what_is_drawn_depends_on_its_key_alone():
     assert drawn(0, 1, 2) == drawn(0, 1, 2) == sorted(drawn(0, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert len({str(drawn(*key)) for key in ((0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 12, ""))}) == 5
+
+
+@pytest.mark.parametrize("options", [o for o in PROJECTIONS if o["projection"] != "block" and o.get("basis") != "svd"],
+                         ids=lambda o: "-".join(o.values()))  # fmt: skip
+def test_tensors_of_one_shape_have_parts_of_their_own(options):
+    options = {"basis": "random", **options}
+    w = [nn.Parameter(torch.randn(32, 32)) for _ in range(3)]
+    optimizer = FRUGAL(w, density=0.5, **options)
+    for p in w:
+        p.grad = w[0].detach().clone()
+    optimizer.step()
+    first, *others = (optimizer.state[p]["basis"] for p in w)
+    assert not any(torch.equal(first, other) for other in others) and not torch.equal(*others)
 
 
 # state
@@ -371,6 +439,19 @@ def test_groups_are_split_and_keep_their_settings():
     assert [[name for name, _ in g["params"]] for g in named] == [["2.weight"], ["0.weight", "0.bias", "2.bias"]]
 
 
+def test_a_group_that_comes_later_is_split_like_the_first():
+    model, late = net(), [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
+    optimizer = frugal(model, density=0.5, projection="columns")
+    optimizer.add_param_group({"params": late, "lr": 0.5})
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(3, 3)), "projected": False})
+    found = [(g["projected"], len(g["params"]), g["lr"]) for g in optimizer.param_groups]
+    assert found == [(True, 2, 1e-3), (False, 2, 1e-3), (True, 1, 0.5), (False, 1, 0.5), (False, 1, 1e-3)]
+    for p in late:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert "basis" in optimizer.state[late[0]] and "basis" not in optimizer.state[late[1]]
+
+
 # in the library
 
 
@@ -436,10 +517,26 @@ def test_bad_options_are_named(tmp_path):
             ("lr=0.1", "Use learning_rate="),
         ],
     )
-    for options, message in (({"inactive_lr_scale": -1.0}, "inactive_lr_scale"), ({"basis": "qr"}, "basis is 'qr'")):
+    for options, message in (
+        ({"inactive_lr_scale": -1.0}, "inactive_lr_scale is -1.0"),
+        ({"basis": "qr"}, "basis is 'qr'"),
+        ({"density": "x"}, "FRUGALConfig: density is 'x' but must be float"),
+        ({"density": None}, "density is None"),
+        ({"update_gap": 2.5}, "update_gap is 2.5 but must be int"),
+        ({"seed": None}, "seed is None but must be int"),
+        ({"reset_statistics": 1}, "reset_statistics is 1 but must be bool"),
+    ):
         with pytest.raises(ValueError, match=message):
             FRUGALConfig(**options)
-    for options, message in (({"lr": -1}, "lr is -1"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": -1}, "eps")):
+    for options, message in (
+        ({"lr": -1}, "lr is -1"),
+        ({"lr": "x"}, "FRUGAL: lr is 'x' but must be a number >= 0"),
+        ({"betas": (0.9, 1.0)}, "betas is"),
+        ({"betas": (0.9,)}, "betas is"),
+        ({"betas": 0.9}, "betas is 0.9 but must be two numbers"),
+        ({"eps": -1}, "eps is -1"),
+        ({"weight_decay": None}, "weight_decay is None"),
+    ):
         with pytest.raises(ValueError, match=message):
             FRUGAL(net().parameters(), **options)
     with pytest.raises(ValueError, match="no trained linear layer"):

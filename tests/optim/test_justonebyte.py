@@ -98,8 +98,10 @@ def machines(monkeypatch, count, samples, updates, tamper=None):
         local.rank = rank
         torch.set_num_threads(1)
         w = nn.Parameter(torch.ones(6, dtype=torch.float32))
-        optimizer = JustOneByte([w], lr=0.05, eps=0.01, seed=4 + (rank if tamper == "seed" else 0), check_every=2)
-        own = [targets[j * count + rank].float() for j in range(samples)]
+        mine = dict(seed=4 + rank) if tamper == "seed" else dict(seed=4)
+        mine |= dict(lowest=-20 + rank) if tamper == "settings" else {}
+        optimizer = JustOneByte([w], lr=0.05, eps=0.01, check_every=2, **mine)
+        own = [targets[j * count + rank].float() for j in range(samples - (tamper == "samples" and rank))]
         try:
             for update in range(updates):
                 if tamper == "weight" and rank == 1 and update == 1:
@@ -130,7 +132,11 @@ def test_machines_with_samples_of_their_own_are_one_machine_with_all(monkeypatch
         assert finals[0][1].projected == one[1].projected
 
 
-@pytest.mark.parametrize(("tamper", "message"), [("weight", "weights differ"), ("seed", "seeds differ")])
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [("weight", "weights differ"), ("seed", "seeds differ"), ("settings", "settings differ"),
+     ("samples", "samples differ")],
+)  # fmt: skip
 def test_machines_that_differ_are_stopped(monkeypatch, tamper, message):
     finals, errors = machines(monkeypatch, 2, 2, 6, tamper)
     found = [error for error in errors if error is not None]
@@ -231,3 +237,14 @@ def test_each_micro_batch_has_the_mean_loss_of_its_own_tokens(tmp_path):
 def test_bad_options_are_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         TrainingArguments(str(tmp_path), optim="justonebyte", optim_args=text)
+
+
+def test_every_sample_has_a_coin_of_its_own():
+    optimizer = JustOneByte([nn.Parameter(torch.ones(2))], seed=4)
+    between = 2 ** (1 / 8)  # halfway between two levels: about half of the coins go up
+    codes = [optimizer._code(between, sample) for sample in range(400)]
+    assert len(set(codes)) == 2 and 120 < codes.count(min(codes)) < 280
+    directions = [seed / 2**63 for seed in optimizer.directions(400)]
+    coins = [code == max(codes) for code in codes]
+    low = sum(x for x, up in zip(directions, coins, strict=True) if up) / sum(coins)
+    assert abs(low - 0.5) < 0.1  # the coin does not follow from the direction

@@ -1,6 +1,10 @@
 """MeZO: its estimate against closed forms, its moves against a loop written out, its memory, and the real Trainer."""
 
+import contextlib
+import copy
 import math
+import pickle
+import signal
 from pathlib import Path
 
 import pytest
@@ -254,7 +258,9 @@ def test_every_evaluation_is_in_eval_mode_without_gradients_and_at_the_same_nois
     class Notes(Trainer):
         def compute_loss(self, model, inputs, **kwargs):
             loss = super().compute_loss(model, inputs, **kwargs)
-            seen.append((model.training, loss.requires_grad, [p.grad for p in model.parameters()], loss.item()))
+            parts = any(m.training for m in model.modules() if m is not model)
+            assert model.training  # by which trainers and losses know that they train
+            seen.append((parts, loss.requires_grad, [p.grad for p in model.parameters()], loss.item()))
             return loss
 
     model = gpt2(0.5)
@@ -473,3 +479,184 @@ def test_another_seed_does_not_go_on_from_a_checkpoint():
     optimizer.step(lambda: w.sum())
     with pytest.raises(ValueError, match="trained with seed 1, this run has seed 2"):
         MeZO([w], seed=2).load_state_dict(optimizer.state_dict())
+
+
+def test_autocast_around_the_step_sees_the_moved_weights():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8)
+    inside, outside = (MeZO(copy.deepcopy(layer).parameters(), eps=0.1) for _ in range(2))
+    models = []
+    for optimizer, around in ((inside, False), (outside, True)):
+        model = nn.Linear(8, 8)
+        model.load_state_dict(layer.state_dict())
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        models.append(model)
+
+        def loss(model=model, around=around):
+            with contextlib.nullcontext() if around else torch.autocast("cpu", torch.bfloat16):
+                return model(x).float().sum()
+
+        with torch.autocast("cpu", torch.bfloat16) if around else contextlib.nullcontext():
+            optimizer.step(loss)
+    assert inside.projected == outside.projected and abs(inside.projected[0][0]) > 1
+
+
+def test_frozen_parameters_stay_and_keep_their_place():
+    frozen, trained = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(3))
+    optimizer = MeZO([frozen, trained, trained], lr=0.1)
+    assert [(place, weight is trained) for place, _, weight in optimizer.weights()] == [(1, True)]
+    optimizer.step(lambda: (trained + frozen).sum())
+    assert torch.equal(frozen, torch.ones(3)) and not torch.equal(trained, torch.ones(3))
+
+
+def test_nothing_to_train_is_said(tmp_path):
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        MeZO([nn.Parameter(torch.ones(2), requires_grad=False)])
+    model = gpt2().requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter to train"):
+        run_training(model, "mezo", None, tmp_path, **QUIET)
+
+
+def test_noise_of_many_directions_takes_no_more_memory_than_of_one():
+    peaks = []
+    for directions in (1, 32):
+        w = nn.Parameter(torch.zeros(5000))
+        optimizer = MeZO([w], directions=directions)
+        with LiveBytes() as update:
+            optimizer.step(lambda w=w: w.sum())
+        peaks.append(update.peak)
+    assert peaks[1] <= 1.05 * peaks[0]
+
+
+def test_the_model_is_in_training_mode_after_an_evaluation_and_its_inputs_are_for_training(tmp_path):
+    seen = []
+
+    class Notes(Trainer):
+        def _prepare_inputs(self, inputs):
+            seen.append(self.model.training)
+            return super()._prepare_inputs(inputs)
+
+        def evaluate(self, *args, **kwargs):
+            count = len(seen)
+            result = super().evaluate(*args, **kwargs)
+            del seen[count:]
+            return result
+
+    run_training(gpt2(), "mezo", None, tmp_path, trainer=Notes, eval_dataset=language_data(4),
+                 eval_strategy="steps", eval_steps=1, **QUIET)  # fmt: skip
+    assert seen == [True] * 3
+
+
+def test_penalties_of_a_trainer_are_part_of_the_loss(tmp_path):
+    from hfext.training import ZLossConfig, ZLossTrainer
+
+    args = dict(output_dir=str(tmp_path), optim="mezo", max_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+                disable_tqdm=True, logging_steps=1)  # fmt: skip
+    finals = []
+    for coefficient in (0.0, 1.0):
+        job = ZLossTrainer(gpt2(), TrainingArguments(**args), train_dataset=language_data(8),
+                           z_loss=ZLossConfig(coefficient=coefficient))  # fmt: skip
+        job.train()
+        finals.append((flat(job.model), job.state.log_history[0].get("z_loss")))
+    assert not torch.equal(finals[0][0], finals[1][0]) and finals[1][1] > 0
+
+
+def test_metrics_of_a_trainer_count_each_batch_once(tmp_path):
+    class Counts(Trainer):
+        _metrics = None
+
+        def compute_loss(self, model, inputs, **kwargs):
+            self._metrics = {"batches": (self._metrics or {"batches": 0})["batches"] + 1}
+            return super().compute_loss(model, inputs, **kwargs)
+
+    job = run_training(gpt2(), "mezo", "directions=2", tmp_path, trainer=Counts, gradient_accumulation_steps=2,
+                       **QUIET)  # fmt: skip
+    assert job._metrics == {"batches": 5}  # 20 rows in batches of 4
+
+
+def test_an_infinite_loss_and_a_batch_that_an_error_left_change_nothing(tmp_path):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = MeZO([w], restore="exact", weight_decay=0.5, lr=0.1)
+    optimizer.step(lambda: w.sum() * math.inf)
+    assert torch.equal(w, torch.ones(3)) and optimizer.projected == [[]]
+
+    class Once(Trainer):
+        failed = False
+
+        def compute_loss(self, model, inputs, **kwargs):
+            if self.state.global_step == 1 and not self.failed:
+                self.failed = True
+                raise RuntimeError("once")
+            return super().compute_loss(model, inputs, **kwargs)
+
+    straight = run_training(gpt2(), "mezo", "restore=exact", tmp_path, gradient_accumulation_steps=2, **QUIET)
+    job = Once(gpt2(), straight.args, train_dataset=language_data())
+    with pytest.raises(RuntimeError, match="once"):
+        job.train()
+    job.train()
+    assert job.optimizer.optimizer.updates == 4 and "_hfext_zeroth" not in vars(job)
+
+
+def test_an_interrupt_in_the_middle_of_a_walk_waits_until_it_is_done(monkeypatch):
+    w = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    optimizer, calls = MeZO(w, eps=0.1), []
+    original = apply_
+
+    def interrupted(weight, moves, place):
+        calls.append(place)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        original(weight, moves, place)
+
+    monkeypatch.setattr("hfext.optim.mezo.apply_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: sum(x.sum() for x in w))
+    assert calls == [0, 1, 2, 0, 1, 2] and not optimizer.is_perturbed
+    assert all((x - 1).abs().max() < 1e-6 for x in w)
+
+
+def test_a_copy_of_the_optimizer_goes_on():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = MeZO([w], lr=0.1, seed=3)
+    optimizer.step(lambda: w.sum())
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        v = again.param_groups[0]["params"][0]
+        again.step(lambda v=v: v.sum())
+        assert again.updates == 2 and again.seed == 3
+    with pytest.raises(ValueError, match="groups cannot be added"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def test_state_of_others_and_a_second_replay_are_refused():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = MeZO([w], lr=0.1)
+    optimizer.step(lambda: w.sum())
+    with pytest.raises(ValueError, match="replay begins with none"):
+        optimizer.replay(optimizer.state_dict()["hfext"])
+    adam = torch.optim.AdamW([w])
+    with pytest.raises(ValueError, match="saved by another optimizer"):
+        MeZO([w]).load_state_dict(adam.state_dict())
+    byte = hfext.optim.JustOneByte([w])
+    byte.step(lambda: w.sum())
+    with pytest.raises(ValueError, match="method 'JustOneByte'"):
+        MeZO([w]).load_state_dict(byte.state_dict())
+    with pytest.raises(ValueError, match="lowest -20, this run has lowest -10"):
+        hfext.optim.JustOneByte([w], lowest=-10).load_state_dict(byte.state_dict())
+    two = [{"params": [w]}, {"params": [nn.Parameter(torch.ones(1))]}]
+    with pytest.raises(ValueError, match="of 1 groups, the optimizer has 2"):
+        MeZO(two).replay(optimizer.state_dict()["hfext"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(lr=-1.0), dict(lr=math.nan), dict(weight_decay=-1.0), dict(directions=1.5), dict(directions=True),
+     dict(seed=1.5), dict(eps="x"), dict(eps=True)],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MeZO([nn.Parameter(torch.ones(2))], **options)
+
+
+def test_no_closure_is_said():
+    with pytest.raises(ValueError, match="no closure"):
+        MeZO([nn.Parameter(torch.ones(2))]).step([])

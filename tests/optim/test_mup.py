@@ -220,6 +220,8 @@ def test_an_optimizer_whose_rates_are_not_known_is_refused(tmp_path):
     with pytest.raises(NotImplementedError, match="groups of its own"):
         kwargs = {"lr": 1e-2, "params": []}
         stock(wide(), tmp_path, optimizer_cls_and_kwargs=(torch.optim.AdamW, kwargs))
+    with pytest.raises(NotImplementedError, match="learning rates optim='frugal' would not have"):
+        stock(wide(), tmp_path, optim="frugal")
 
 
 def test_adapters_on_a_model_in_mup_keep_the_given_rate(tmp_path, monkeypatch):

@@ -348,6 +348,11 @@ def test_bad_options_are_named(tmp_path):
     )
     with pytest.raises(ValueError, match="shampoo_beta is -1"):
         SOAPConfig(shampoo_beta=-1)
+    with pytest.raises(ValueError, match="precondition_frequency is 1.5 but must be int"):
+        SOAPConfig(precondition_frequency=1.5)
+    for betas in ((0.9,), (0.9, 0.9, 0.9), 0.9, ("x", 0.9), (0.9, 1.0)):
+        with pytest.raises(ValueError, match="SOAP: betas is .* but must be two numbers in"):
+            soap(net(), betas=betas)
     state = soap(net(), max_precond_dim=7).state_dict()
     with pytest.raises(ValueError, match="saved with max_precond_dim=7"):
         soap(net()).load_state_dict(state)

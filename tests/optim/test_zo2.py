@@ -1,5 +1,7 @@
 """ZO2 is MeZO bit for bit, whatever the model and however the update is split, with few blocks on the device."""
 
+import contextvars
+import copy
 import threading
 
 import pytest
@@ -256,3 +258,172 @@ def test_models_without_layers_and_compiled_ones_are_refused(tmp_path):
     model, _ = raw(True)
     with pytest.raises(ValueError, match="in host memory already"):
         offload(model)
+    for blocks in ([], [nn.Linear(2, 2)]):
+        with pytest.raises(ValueError, match="must be modules of the model"):
+            offload(gpt2(), blocks=blocks)
+    with pytest.raises(NotImplementedError, match="load it in that dtype"):
+        TrainingArguments(str(tmp_path), optim="zo2", bf16_full_eval=True, use_cpu=True)
+
+
+class Noisy(Trainer):
+    """A loss with random numbers of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        outputs = model(**inputs)
+        loss = outputs.loss + torch.rand(()) * outputs.logits.std()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_both_sides_see_the_same_random_numbers(tmp_path):
+    mezo, zo2, job = both(tmp_path, gpt2, trainer=Noisy, gradient_accumulation_steps=2)
+    assert torch.equal(mezo, zo2)
+    # With numbers of their own on each side the estimate would be of the order of 1 / eps.
+    assert max(abs(g) for found in job.optimizer.optimizer.projected for g in found) < 10
+
+
+def test_random_numbers_of_a_raw_loop_are_the_same_too():
+    model, other = gpt2().eval(), gpt2().eval()
+    ids = torch.arange(6)[None]
+    optimizers = [MeZO(model.parameters(), eps=0.01), ZO2(other.parameters(), eps=0.01, streamed=other)]
+    for m, optimizer in zip((model, other), optimizers, strict=True):
+        torch.manual_seed(5)
+        for _ in range(2):
+            optimizer.step(lambda m=m: m(ids, labels=ids).loss + torch.rand(()))
+    assert optimizers[0].projected == optimizers[1].projected
+    assert max(abs(found[0]) for found in optimizers[0].projected) < 20
+
+
+class StopAt(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 4
+
+
+def test_moves_that_wait_do_not_reach_the_best_model(tmp_path):
+    job = run_training(
+        gpt2(), "zo2", None, tmp_path, eval_dataset=language_data(8), eval_strategy="steps", eval_steps=3,
+        save_strategy="steps", save_steps=3, load_best_model_at_end=True, learning_rate=0.1, max_steps=9,
+        callbacks=[StopAt()],
+    )  # fmt: skip
+    best = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-3")
+    assert job.state.global_step == 4 and torch.equal(flat(job.model), flat(best))
+
+
+def test_weights_that_are_loaded_are_not_moved_by_what_waited():
+    model, optimizer = raw(True)
+    wanted = {name: value.clone() for name, value in gpt2().state_dict().items()}
+    assert any(optimizer.offload.waiting)
+    model.load_state_dict(wanted)
+    optimizer.flush()
+    assert torch.equal(flat(model), flat(gpt2()))
+
+
+def test_state_of_a_part_has_the_moves_and_a_copy_is_refused():
+    (plain, _), (model, _) = raw(False), raw(True)
+    part = model.transformer.state_dict()
+    assert all(torch.equal(value, part[name]) for name, value in plain.transformer.state_dict().items())
+    with pytest.raises(NotImplementedError, match="call .remove"):
+        copy.deepcopy(model)
+
+
+def test_after_remove_the_optimizer_goes_on_as_mezo():
+    (plain, mezo), (model, zo2) = raw(False), raw(True)
+    zo2.offload.remove()
+    ids = torch.arange(6)[None]
+    for m, optimizer in ((plain, mezo), (model, zo2)):
+        optimizer.step(lambda m=m: m(ids, labels=ids).loss)
+    assert torch.equal(flat(plain), flat(model))
+
+
+def test_settings_of_the_caller_hold_on_both_sides():
+    """Autocast and inference mode around the whole step, and a context variable."""
+    seen, flag = [], contextvars.ContextVar("flag", default=0)
+    results = []
+    for streamed in (False, True):
+        model = gpt2().eval()
+        kwargs = {"streamed": model} if streamed else {}
+        optimizer = (ZO2 if streamed else MeZO)(model.parameters(), lr=1e-2, eps=0.1, **kwargs)
+        ids = torch.arange(6)[None]
+
+        def loss(model=model, ids=ids):
+            seen.append((flag.get(), torch.is_autocast_enabled("cpu")))
+            return model(ids, labels=ids).loss
+
+        flag.set(7)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                optimizer.step(loss)
+        results.append((optimizer.projected, flat(model)))
+    assert seen == [(7, True)] * 8
+    assert results[0][0] == results[1][0] and abs(results[0][0][0][0]) > 0.01
+
+
+def test_buffers_change_as_without_streaming():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return self.linear(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Counts(), Counts()])
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = ZO2(net.parameters(), streamed=net)
+    for _ in range(3):
+        optimizer.step(lambda: net(torch.ones(2, 4)).sum())
+    assert [float(layer.calls) for layer in net.layers] == [6, 6]
+    assert optimizer.offload.uploads == 3 * 2
+
+
+def test_weights_shared_by_blocks_or_with_the_outside_stay_on_the_device():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+            self.layers[1].weight = self.layers[0].weight
+            self.head = nn.Linear(4, 4)
+            self.head.bias = self.layers[2].bias
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x).tanh()
+            return self.head(x)
+
+    finals = []
+    for streamed in (False, True):
+        torch.manual_seed(0)
+        net = Net()
+        kwargs = {"streamed": net} if streamed else {}
+        optimizer = (ZO2 if streamed else MeZO)(net.parameters(), lr=0.1, **kwargs)
+        for _ in range(3):
+            optimizer.step(lambda net=net: net(torch.ones(2, 4)).square().sum())
+        optimizer.flush()
+        finals.append(flat(net))
+        if streamed:
+            shared = {id(net.layers[0].weight), id(net.head.bias)}
+            assert not shared & set(optimizer.offload.home) and id(net.layers[2].weight) in optimizer.offload.home
+    assert torch.equal(*finals)
+
+
+def test_an_evaluation_before_training_and_an_optimizer_that_is_given_leave_the_blocks_alone(tmp_path):
+    model = gpt2()
+    optimizer = ZO2(model.parameters(), lr=1e-2, streamed=model)
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
+    job = Trainer(model, args, train_dataset=language_data(8), eval_dataset=language_data(4),
+                  optimizers=(optimizer, None))  # fmt: skip
+    moved = []
+    to = model.to
+    model.to = lambda *args, **kwargs: moved.append(args) or to(*args, **kwargs)
+    job.evaluate()
+    job.train()
+    assert moved == [] and optimizer.updates == 2

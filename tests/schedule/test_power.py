@@ -282,6 +282,15 @@ def test_a_rate_of_zero_is_refused(tmp_path):
         TrainingArguments(str(tmp_path), lr_scheduler_type="power", learning_rate=0.0, use_cpu=True)
 
 
+def test_batches_in_which_no_token_is_counted_are_an_error_that_says_what_to_pass(tmp_path):
+    data = [{"inputs_embeds": torch.randn(10, 32), "labels": row["labels"]} for row in language_data()]
+    options = dict(data=data, max_steps=2, include_num_input_tokens_seen=True)
+    with pytest.raises(ValueError, match="no token was counted in 1 updates.*inputs_embeds.*tokens_per_step"):
+        trained(tmp_path, **options)
+    job = trained(tmp_path, lr_scheduler_kwargs={**EARLY, "tokens_per_step": 40}, **options)
+    assert logged(job) == pytest.approx([power_rate(40 * s, 4, 1e-3, -0.5, 1e-2) for s in range(2)], rel=1e-12)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from language_data()

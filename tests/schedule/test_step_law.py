@@ -104,6 +104,23 @@ def test_embeddings_and_heads_do_not_count(tiny_llama, tiny_gpt2):
     assert non_embedding_parameters(torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 3))) == 15
 
 
+def test_wrapped_models_count_as_what_they_hold(tiny_llama, warnings):
+    model = tiny_llama(tie_word_embeddings=False)
+    for wrapped in (torch.compile(model), torch.nn.Sequential(model)):
+        assert non_embedding_parameters(wrapped) == non_embedding_parameters(model)
+        assert step_law(wrapped, D) == step_law(model, D)
+
+
+def test_adapters_are_refused(tiny_llama):
+    from peft import LoraConfig, get_peft_model
+
+    inside = tiny_llama()
+    inside.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    for model in (get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"])), inside):
+        with pytest.raises(ValueError, match="has adapters, but Step Law is for pretraining"):
+            step_law(model, D)
+
+
 def test_a_model_and_its_number_agree(tiny_llama, warnings):
     model = tiny_llama()
     assert step_law(model, D) == step_law(non_embedding_parameters(model), D)
@@ -126,6 +143,30 @@ def test_loaded_weights_are_warned_about(tmp_path, tiny_llama, warnings):
     tiny_llama().save_pretrained(tmp_path)
     step_law(transformers.LlamaForCausalLM.from_pretrained(tmp_path), D)
     assert any("fine-tuning" in text for text in warnings)
+
+
+def test_experts_are_warned_about(tiny_llama, warnings):
+    step_law(tiny_llama(), D)
+    assert not any("experts" in text for text in warnings)
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
+    step_law(transformers.MixtralForCausalLM(config), D)
+    assert any("fitted on dense models" in text and "all experts are counted" in text for text in warnings)
+
+
+@pytest.mark.parametrize("optim, warned", [("adamw_torch", 0), ("adamw_torch_fused", 0), ("sgd", 1), ("frugal", 1)])
+def test_other_optimizers_are_warned_about(optim, warned, tmp_path, warnings):
+    apply_step_law(arguments(tmp_path, optim=optim), N, D, seq_len=2048)
+    assert (
+        len(
+            [
+                text
+                for text in warnings
+                if f"fitted on AdamW; its learning rate may be far off for optim={optim!r}" in text
+            ]
+        )
+        == warned
+    )
 
 
 # the arguments

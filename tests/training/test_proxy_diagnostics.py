@@ -399,6 +399,15 @@ def test_adapters_bfloat16_and_a_second_pass(tmp_path):
         assert values(sam)[key] == values(plain)[key]
 
 
+@pytest.mark.parametrize("options", [{"optim": "soap"}, {"optim": "sam", "optim_args": "rho=0.01,base=soap"}])
+def test_an_update_that_moves_nothing_has_no_size(options, tmp_path):
+    """The first call of SOAP only builds its bases."""
+    job = train(make("llama"), tmp_path, max_steps=2, **options)
+    first, second = values(job, 1), values(job, 2)
+    assert not any("update" in key for key in first) and any("update_rms" in key for key in second)
+    assert all(math.isfinite(x) for x in (*first.values(), *second.values()))
+
+
 def test_a_classifier_has_a_log_z_too(tiny_bert_classifier, tmp_path):
     data = [{"input_ids": torch.randint(3, 120, (6,)), "labels": torch.tensor(i % 4)} for i in range(8)]
     model = tiny_bert_classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

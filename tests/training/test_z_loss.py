@@ -64,6 +64,9 @@ def test_it_is_the_offset_that_is_held():
 def test_bad_values_are_named(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="coefficient is -1 but must be finite and >= 0"):
         ZLossConfig(coefficient=-1)
+    for value in (None, "x", True):
+        with pytest.raises(ValueError, match=f"ZLossConfig: coefficient is {value!r} but must be float"):
+            ZLossConfig(coefficient=value)
     with pytest.raises(ValueError, match=r"labels \(8,\)"):
         z_loss(torch.zeros(9, 4), torch.zeros(8, dtype=torch.long))
     with pytest.raises(TypeError, match="z_loss is a float"):

@@ -24,7 +24,7 @@ _FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command("list")(list_methods)
 app.command("show")(show)
-app.command("run", context_settings=_FREE)(run)
+app.command("run", context_settings=_FREE, add_help_option=False)(run)
 app.command("verify", context_settings=_FREE)(verify)
 app.command("bench", context_settings=_FREE)(bench)
 app.command("doctor")(doctor)

@@ -1,5 +1,8 @@
 """`hfext run RECIPE`: run a recipe and say what came out."""
 
+import dataclasses
+import inspect
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +19,24 @@ OutputDir = Annotated[
 def run(
     context: typer.Context,
     path: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe such as optim/sam-mlp-digits.")
-    ],
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe such as optim/sam-mlp-digits."),
+    ] = None,
     output_dir: OutputDir = None,
+    help_: Annotated[
+        bool, typer.Option("--help", help="Show this message, or a recipe's purpose and fields.")
+    ] = False,
 ) -> None:
-    """Run a recipe. Any field of its config is a flag: --field value.
+    """Run a recipe. Any field of its config is a flag: --field value; `hfext run RECIPE --help` lists them.
 
     Exit status 1 when a table has a row whose column `met` is false.
     """
+    if path is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(0 if help_ else 2)
+    if help_:
+        describe(path)
+        return
     record = execute(path, context.args, output_dir)
     out = output_dir or Path("out") / record["name"]
     echo_tables(record)
@@ -39,6 +52,18 @@ def run(
 def missed(record: dict[str, Any]) -> bool:
     """Whether a row of a table says that it did not meet its bar."""
     return any(row.get("met") is False for rows in record.get("tables", {}).values() for row in rows)
+
+
+def describe(path: str) -> None:
+    """Print the comment at the head of a recipe, and the fields of its config with their values in it."""
+    with user_errors(*WRONG_INPUT):
+        file = recipe.find(path)
+        _, config = recipe.load(path)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    typer.echo("\n".join(line[1:].strip() for line in itertools.takewhile(lambda x: x.startswith("#"), lines)) + "\n")
+    about = inspect.getdoc(type(config)) or ""
+    typer.echo(about.partition("Args:")[2].strip("\n") + "\n")
+    typer.echo("\n".join(f"--{name} {value}" for name, value in dataclasses.asdict(config).items()))
 
 
 def execute(path: str, arguments: list[str], out: Path | None) -> dict[str, Any]:

@@ -6,10 +6,11 @@
 
 s_i is the norm of row i of the gradient when this example was last seen. Where it was not seen yet s_i = 1, so p is
 that of the activations. The estimate is unbiased for every p > 0, and the gradients of input and bias are exact. Where
-norms are of an earlier visit, 1 % of p is that of the activations: a row whose gradient was 0 then (labels, dropout and
-weights change) would else be drawn once in 1e8 passes, with a weight of 1e8, and seem to have no gradient until then.
-So the weight of a drawn row stays below 100 sum_j ||x_j|| / ((k - c) ||x_i||). p has 1e-8 of its mean added, so no row
-is out of reach; t is summed from the smallest p up and stays exact when p(C) is near 1. Norms in float32, probabilities in float64, products in the layer's dtype with the scale on the gradient's rows.
+norms are of an earlier visit, 1 % of p is that of the activations: a row whose gradient was 0 then (labels, dropout
+and weights change) would else be drawn once in 1e8 passes, with a weight of 1e8, and seem to have no gradient until
+then. So the weight of a drawn row stays below 100 sum_j ||x_j|| / ((k - c) ||x_i||). p has 1e-8 of its mean added, so
+no row is out of reach; t is summed from the smallest p up and stays exact when p(C) is near 1. Norms in float32,
+probabilities in float64, products in the layer's dtype with the scale on the gradient's rows.
 
 With p ~ ||x_i|| ||g_i|| the variance is (t^2 Z^2 - ||tail||^2) / (k - c), Z constant and ||tail|| small, so the least
 is at c = argmin t^2 / (k - c), not where the paper's rule looks: `winners="variance"`.
@@ -278,10 +279,10 @@ METHOD = Method(
     repo="zirui-ray-liu/WTACRS",
     status="variant",
     difference="Unbiased on the first visit of an example too, where rows are weighed by their activations (the "
-    "authors' code keeps all rows then, or scales drawn ones wrongly), and on later ones whatever the gradient was before "
-    "(1 % of the draws go by activations alone); the drawn part is never dropped; examples are "
-    "known by their contents, not by an index; layers that read the same tensor keep the same rows (`share_inputs`). "
-    "Linear layers only: attention products are not sampled.",
+    "authors' code keeps all rows then, or scales drawn ones wrongly); 1 % of the draws always go by activations, for "
+    "rows whose cached norm says nothing of their gradient now; the drawn part is never dropped; examples are known by "
+    "their contents, not by an index; layers that read the same tensor keep the same rows (`share_inputs`). Linear "
+    "layers only: attention products are not sampled.",
     target="hfext.modules.wta_crs:WTACRSLinear",
     config=WTACRSConfig,
     usage="hfext.modules.replace(model, WTACRSLinear(ratio=0.3))",

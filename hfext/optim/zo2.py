@@ -157,9 +157,9 @@ class ZO2(ZerothOrder):
     def check_arguments(cls, args) -> None:
         super().check_arguments(args)
         if args.torch_compile:
-            raise NotImplementedError(
-                "optim='zo2' streams blocks by hooks, which compiled code skips. Use optim='mezo'."
-            )
+            raise NotImplementedError("optim='zo2' needs hooks, which compiled code skips. Use optim='mezo'.")
+        if args.bf16_full_eval or args.fp16_full_eval:
+            raise NotImplementedError("optim='zo2' cannot move the whole model to evaluate it: load it in that dtype.")
 
     @classmethod
     def trainer_kwargs(cls, context, config) -> dict[str, Any]:

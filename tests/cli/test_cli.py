@@ -173,8 +173,17 @@ def test_verify_of_a_method_without_a_recipe_says_so(run, sample, monkeypatch):
 def test_bench_fails_when_a_bar_is_missed(run, sample):
     assert run("bench", "sample").exit_code == 0
     assert (sample / "recipes/results/bench-sample.json").is_file()
-    missed = run("bench", "sample", "--no-save", "--met=false")
+    saved = (sample / "recipes/results/bench-sample.json").read_bytes()
+    missed = run("bench", "sample", "--met=false")
     assert missed.exit_code == 1 and "a     1.235     no" in missed.stdout
+    assert (sample / "recipes/results/bench-sample.json").read_bytes() == saved and "not saved" in missed.stdout
+
+
+def test_run_says_what_a_recipe_does_and_exits_with_1_when_a_bar_is_missed(run, sample):
+    shown = run("run", "bench/sample", "--help")
+    assert shown.exit_code == 0 and "--evidence False" in shown.stdout and "--met True" in shown.stdout
+    assert "Usage" in run("run", "--help").stdout and run("run").exit_code == 2
+    assert run("run", "bench/sample").exit_code == 0 and run("run", "bench/sample", "--met=false").exit_code == 1
 
 
 def test_card_writes_a_readme(run, sample, tmp_path):

@@ -469,7 +469,8 @@ def test_rows_that_had_no_gradient_when_seen_last_are_drawn_with_bounded_weights
     """An example is known by its contents, not by its label: its old norms may say nothing of its new gradient."""
     x, g = torch.randn(40, 16), torch.randn(40, 8)
     model = layer(dense_layer(), ratio=0.3)
-    gradients(model, x[:, None], (g * (torch.arange(40) < 20)[:, None])[:, None])
+    batch, output = x.view(2, 20, 16), g.view(2, 20, 8)
+    gradients(model, batch, output * torch.tensor([1.0, 0.0])[:, None, None])
     sampler = model[0].sampler
     cached = dict(sampler.norms["0"])
     draws, scales = [], []
@@ -477,13 +478,14 @@ def test_rows_that_had_no_gradient_when_seen_last_are_drawn_with_bounded_weights
         sampler.norms["0"] = dict(cached)
         sampler.recent.clear()
         model.zero_grad()
-        y = model(x[:, None])
+        y = model(batch)
         scales.append(y.grad_fn.next_functions[0][0].saved_tensors[3].max().item())
-        y.backward(g[:, None])
+        y.backward(output)
         draws.append(model[0].weight.grad.clone())
     draws, exact = torch.stack(draws), g.T @ x
     error, deviation = draws.mean(0) - exact, draws.std(0) / math.sqrt(len(draws))
-    assert (error.abs() <= 5 * deviation).all() and error.norm() <= 1.5 * deviation.norm() <= 0.5 * exact.norm()
+    assert (error.abs() <= 5 * deviation).all() and error.norm() <= 1.5 * deviation.norm()
+    assert deviation.norm() <= 0.4 * exact.norm()
     norms = x.norm(dim=1)
     assert 100 < max(scales) <= norms.sum() / norms.min() / MIXED
 

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hfext
 from hfext.optim import SharpnessAware, sam_step
+from hfext.optim._install import check_arguments
 
 
 class Net(nn.Module):

@@ -57,7 +57,7 @@ def test_a_window_that_comes_twice_keeps_its_moments():
     for order, last in (("mirror", 4), ("ascending", 2)):
         w = [nn.Parameter(torch.randn(4, 4)) for _ in range(4)]
         optimizer = FRUGAL(w, density=0.5, update_gap=2, order=order)
-        for step in range(6):
+        for _ in range(6):
             for p in w:
                 p.grad = torch.randn(4, 4)
             optimizer.step()
@@ -68,7 +68,7 @@ def test_tensors_of_two_windows_begin_anew_with_the_second():
     """3 tensors in windows of 2: the last window is filled up from the first."""
     w = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
     optimizer = FRUGAL(w, density=0.67, update_gap=2, order="ascending")
-    for step in range(3):
+    for _ in range(3):
         for p in w:
             p.grad = torch.randn(4, 4)
         optimizer.step()

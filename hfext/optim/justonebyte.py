@@ -180,7 +180,7 @@ METHOD = Method(
     config=JustOneByteConfig,
     usage='TrainingArguments(optim="justonebyte", learning_rate=1e-3, optim_args="eps=1e-3")',
     summary="Zeroth-order training on many machines that send one byte for each micro-batch.",
-    claim="Machines that share nothing but one byte a sample train as one machine with all samples.",
+    claim="One byte for each sample is enough to fine-tune close to fine-tuning with gradients.",
     headline=Result(
         metric="bytes a machine sends for each gradient estimate",
         setting="fine-tuning language models by SPSA with shared random seeds",
@@ -190,7 +190,8 @@ METHOD = Method(
     opt_out=(
         ("accumulation", "a micro-batch is a sample with a direction of its own: more of them are another update"),
     ),
-    notes="The copy of the weights doubles their memory. Every machine must draw the same noise: the same kind of "
-    "device and the same version of torch. A machine that comes late loads the first weights and calls `replay` with "
-    "the state of another. Machines come and go between runs, not within one.",
+    notes="That several machines hold the bits of one machine with all samples is a test. The copy of the weights "
+    "doubles their memory. Every machine must draw the same noise: the same kind of device and the same version of "
+    "torch. A machine that comes late loads the first weights and calls `replay` with the state of another. Machines "
+    "come and go between runs, not within one.",
 )

@@ -90,7 +90,7 @@ def make_model(dtype: torch.dtype = torch.float32, dropout: float = 0.0, lora: b
 
 def train(job: Job, folder: str, model: nn.Module, rows: int = ROWS, accumulation: int = 1, **options) -> Trainer:
     """The Trainer after its run."""
-    resume = options.pop("resume", None)
+    resume, callbacks = options.pop("resume", None), options.pop("callbacks", None)
     settings = dict(
         optim=job.optim,
         optim_args=job.optim_args,
@@ -98,7 +98,7 @@ def train(job: Job, folder: str, model: nn.Module, rows: int = ROWS, accumulatio
         lr_scheduler_kwargs=job.schedule_args,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation,
-        max_steps=3,
+        max_steps=4,
         learning_rate=1e-2,
         max_grad_norm=0.5,
         logging_strategy="no",
@@ -109,7 +109,7 @@ def train(job: Job, folder: str, model: nn.Module, rows: int = ROWS, accumulatio
         dataloader_pin_memory=False,
     )
     args = TrainingArguments(folder, **{**settings, **options})
-    trainer = Trainer(model, args, train_dataset=data())
+    trainer = Trainer(model, args, train_dataset=data(), callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
@@ -27,7 +27,8 @@ FAMILIES = {"optim": OptimizerNames, "schedule": SchedulerType}
 # In float64, where an update moves weights by 1e-2 and one rounding is 1e-16: SOAP's basis of directions in which a
 # gradient nearly vanishes magnifies it to 1e-8, the 1 / (2 eps) of two-point estimates to 1e-13.
 TOLERANCE = 1e-7
-RESUMED = {"max_steps": 4, "rows": ROWS // 2, "accumulation": 2}
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+RESUMED = {"rows": ROWS // 2, "accumulation": 2}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Cell:
     dtype: torch.dtype
     tolerance: float
     measure: Callable[[Job, str], float] | None
+
+
+RARER = {
+    "frugal": "update_gap=2",
+    "soap": "precondition_frequency=2",
+    "justonebyte": "check_every=2",
+}
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -72,13 +80,31 @@ def accumulation(job: Job, folder: str) -> float:
     return max(difference(end, ends[0]) for end in ends)
 
 
+class Updates(TrainerCallback):
+    """Counts those of one run."""
+
+    made = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.made += 1
+
+
+def resumed(job: Job, folder: str, model: nn.Module) -> nn.Module:
+    """The model after it went on from the checkpoint of the straight run; an error when it began anew, which would
+    end at the same weights."""
+    count = Updates()
+    checkpoint = f"{folder}/straight/checkpoint-2"
+    train(job, f"{folder}/resumed", model, **RESUMED, resume=checkpoint, callbacks=[count])
+    if count.made != 2:
+        raise RuntimeError(f"{count.made} updates after the checkpoint instead of 2: it was not loaded.")
+    return model
+
+
 def resume_in(dtype: torch.dtype, dropout: float) -> Callable[[Job, str], float]:
     def resume(job: Job, folder: str) -> float:
-        saved = {"save_strategy": "steps", "save_steps": 2}
-        straight = train(job, f"{folder}/straight", make_model(dtype, dropout), **RESUMED, **saved)
-        checkpoint = f"{folder}/straight/checkpoint-2"
-        resumed = train(job, f"{folder}/resumed", make_model(dtype, dropout), **RESUMED, resume=checkpoint)
-        return difference(moved(straight, flat(make_model(dtype))), flat(resumed.model))
+        start = flat(make_model(dtype))
+        straight = moved(train(job, f"{folder}/straight", make_model(dtype, dropout), **RESUMED, **SAVED), start)
+        return difference(straight, flat(resumed(job, folder, make_model(dtype, dropout))))
 
     return resume
 
@@ -87,12 +113,14 @@ def lora(job: Job, folder: str) -> float:
     before = {name: p.detach().clone() for name, p in make_model(lora=True).named_parameters()}
     model = make_model(lora=True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    moved(train(job, folder, model), torch.cat([p.flatten().double() for p in before.values()]))
+    straight = train(job, f"{folder}/straight", model, **RESUMED, **SAVED)
+    end = moved(straight, torch.cat([p.flatten().double() for p in before.values()]))
     still = sorted(n for n in trained if "lora_B" in n and torch.equal(model.get_parameter(n), before[n]))
     # What trains a part of the weights only (the norms, say) moves that part and no other.
     if still and not any(not torch.equal(model.get_parameter(n), before[n]) for n in trained):
         raise RuntimeError(f"No trained parameter moved, as {still[0]}.")
-    return max(difference(model.get_parameter(n), before[n]) for n in before if n not in trained)
+    frozen = max(difference(model.get_parameter(n), before[n]) for n in before if n not in trained)
+    return max(frozen, difference(end, flat(resumed(job, folder, make_model(lora=True)))))
 
 
 CELLS = (
@@ -110,7 +138,13 @@ CELLS = (
         0.0,
         resume_in(torch.float32, 0.1),
     ),
-    Cell("PEFT", "frozen weights before and after training a LoRA and a norm", torch.float32, 0.0, lora),
+    Cell(
+        "PEFT",
+        "resume of a LoRA and a norm as above, without dropout; and frozen weights before and after",
+        torch.float32,
+        0.0,
+        lora,
+    ),
     Cell("bf16", "the same resume with weights in bfloat16", torch.bfloat16, 0.0, resume_in(torch.bfloat16, 0.1)),
     Cell(
         "two processes",
@@ -134,21 +168,24 @@ class Config:
     Args:
         names: Methods to run; all when empty.
         cells: Comparisons to run; all when empty.
-        optim_args: Options by optimizer, as in `TrainingArguments`. Whatever has the option `sync` gets `sync=true`
-            where two processes are compared with one: without it they ascend apart, which one process cannot.
+        optim_args: Options by optimizer, as in `TrainingArguments`: what makes its rarer acts fall into the 4 updates
+            of a cell, as SOAP's refreshes and FRUGAL's change of part. The report shows them. Whatever has the option
+            `sync` gets `sync=true` where two processes are compared with one: without it they ascend apart,
+            which one process cannot.
         schedule_args: `lr_scheduler_kwargs` by schedule. The amplitude of `power` keeps its rate below the limit.
         timeout: Seconds that two processes may take for all methods together.
     """
 
     names: list[str] | None = None
     cells: list[str] | None = None
-    optim_args: dict[str, str] = dataclasses.field(default_factory=dict)
+    optim_args: dict[str, str] = dataclasses.field(default_factory=lambda: dict(RARER))
     schedule_args: dict[str, dict[str, Any]] = dataclasses.field(default_factory=lambda: {"power": {"a": 0.01}})
     timeout: float = 1200.0
 
     def __post_init__(self):
         cells = [cell.name for cell in CELLS]
         wanted = {"names": (self.names, known()), "cells": (self.cells, cells)}
+        wanted |= {"optim_args": (self.optim_args, known()), "schedule_args": (self.schedule_args, known())}
         for field, (given, choices) in wanted.items():
             for name in given or []:
                 if name not in choices:
@@ -165,6 +202,13 @@ def job_of(config: Config, method: registry.Method, processes: int = 1) -> Job:
     if processes > 1 and "sync" in fields and "sync=" not in options[0]:
         options.append("sync=true")
     return Job(optim=method.name, optim_args=",".join(filter(None, options)) or None)
+
+
+def options_of(config: Config, method: registry.Method) -> str:
+    """As the report shows them."""
+    if method.family == "schedule":
+        return ",".join(f"{key}={value}" for key, value in config.schedule_args.get(method.name, {}).items())
+    return config.optim_args.get(method.name, "")
 
 
 def attempt(call: Callable[[], float]) -> float | str:
@@ -220,7 +264,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     tables: dict[str, list[dict[str, Any]]] = {"optim": [], "schedule": []}
     reasons, failures = [], []
     for method in methods:
-        row: dict[str, Any] = {"method": method.name}
+        row: dict[str, Any] = {"method": method.name, "options": options_of(config, method)}
         met = True
         for cell in cells:
             result = found.get((method.name, cell.name))

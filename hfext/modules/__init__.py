@@ -4,7 +4,7 @@ How to choose:
 
 | you want | take | cost | not when |
 |---|---|---|---|
-| a third of what linear layers keep for the backward pass | `wta_crs` | noisier gradients | you checkpoint gradients |
+| a third of what linear layers keep for backward | `wta_crs` | noisy gradients | pretraining; gradient checkpointing |
 
 Adapters come first: wrap the model by PEFT, then call `replace`.
 """

@@ -224,6 +224,6 @@ METHOD = Method(
     "out the whole update, so that it never enters a preconditioner. Where gradients have a lower rank than a side is "
     "long (few tokens, unused embeddings), rounding decides on the basis of the rest: runs that sum in another order, "
     "such as with accumulation or on more processes, then part. `precondition_1d` meets that in every model, since a "
-    "vector's gradient has rank 1: on a tiny GPT-2, accumulation then changes weights by up to 1.5e-2. Measured with "
-    "the best learning rate at the top of the grid, so that SOAP may have a better one.",
+    "vector's gradient has rank 1: on a tiny GPT-2, accumulation then changes weights by 1e-2 in a few updates at a "
+    "rate of 1e-3. Measured with the best learning rate at the top of the grid, so that SOAP may have a better one.",
 )

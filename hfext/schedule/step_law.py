@@ -198,6 +198,10 @@ def apply_step_law(
         tokens (`float`): Of the whole run.
         seq_len (`int`, *optional*): Tokens of a row; defaults to `args.max_length` where there is one (TRL).
     """
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"args is a {type(args).__name__} but must be TrainingArguments: apply_step_law(args, model, ...)."
+        )
     seq_len = vars(args).get("max_length") if seq_len is None else seq_len
     if seq_len is None:
         raise ValueError("seq_len is missing: a batch in tokens says nothing without the tokens of a row.")
@@ -216,6 +220,10 @@ def apply_step_law(
     if not 0.9 <= batch / law.batch_sequences <= 1.1:
         logger.warning(f"Step Law: {devices} devices make {batch} rows an update of {law.batch_sequences:.1f} wanted.")
     updates = math.ceil(tokens / (batch * seq_len))
+    if 0 < args.max_steps != updates:
+        logger.warning(
+            f"Step Law: all tokens take {updates} updates, and max_steps={args.max_steps} stays what it is."
+        )
     if args.get_warmup_steps(updates) >= updates:
         logger.warning(f"Step Law: the run has {updates} updates, which warmup_steps={args.warmup_steps} takes up.")
     return AppliedStepLaw(law, law.lr, rows, accumulation, batch, updates)

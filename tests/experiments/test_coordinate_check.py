@@ -92,6 +92,15 @@ def test_a_verdict_can_fail(tmp_path):
     result = coordinate_check.run(config, tmp_path)
     assert not any(row["met"] for row in next(iter(result["tables"].values())))
     assert result["evidence"]["reproduced"] is False
+    assert result["evidence"]["setting"].endswith("; rows x tokens 1 x 6, untied readout begins at 0")
+
+
+def test_movement_that_shrinks_with_the_width_is_no_success(tmp_path, monkeypatch):
+    values = {"muP": [1.0, 0.5], "standard": [1.0, 4.0]}
+    monkeypatch.setattr(coordinate_check, "cases", lambda config: [("a model", None, None, "sgd", 0.1)])
+    monkeypatch.setattr(coordinate_check, "measure", lambda *args: {"layer": values[args[-1]]})
+    result = coordinate_check.run(Config(widths=(64, 128)), tmp_path)
+    assert result["evidence"]["ours"] == pytest.approx(1.0) and result["evidence"]["reproduced"] is False
 
 
 @pytest.mark.parametrize(

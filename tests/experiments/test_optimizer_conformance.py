@@ -1,6 +1,7 @@
 """The conformance report: what it runs, that it finds what is broken, and how a reason is told."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,8 +86,8 @@ def test_reasons_and_refusals_are_told_and_other_errors_fail(tmp_path, monkeypat
 
     cells = [dataclasses.replace(c, measure={"resume": refuse, "bf16": fail}.get(c.name, c.measure)) for c in CELLS]
     monkeypatch.setattr(optimizer_conformance, "CELLS", tuple(cells))
-    rows, _, reasons, failures = tables(tmp_path, cells=["resume", "PEFT", "bf16"])
-    row = {k: v for k, v in rows["sam"].items() if k != "method"}
+    rows, _, reasons, failures = tables(tmp_path, cells=["resume", "PEFT", "bf16"], optim_args={}, schedule_args={})
+    row = {k: v for k, v in rows["sam"].items() if k not in ("method", "options")}
     assert row == {"PEFT": "cannot", "resume": "cannot", "bf16": "failed", "met": False}
     assert {r["cell"]: r["reason"] for r in reasons} == {
         "PEFT": "it has its reasons",
@@ -105,6 +106,44 @@ def test_a_run_in_which_nothing_moves_is_no_success(tmp_path, monkeypatch):
     assert not rows["sam"]["met"] and all("No weight moved" in f["found"] for f in failures) and len(failures) == 2
 
 
+@pytest.mark.parametrize("cell, part", [("resume", "weights"), ("resume", "optimizer"), ("PEFT", "weights")])
+def test_a_checkpoint_that_is_not_loaded_is_found(cell, part, tmp_path, monkeypatch):
+    def forgetful(job, folder, model, resume=None, **kwargs):
+        if resume is not None and part == "optimizer":
+            (Path(resume) / "optimizer.pt").unlink()
+        return train(job, folder, model, resume=None if part == "weights" else resume, **kwargs)
+
+    monkeypatch.setattr(optimizer_conformance, "train", forgetful)
+    rows, _, _, failures = tables(tmp_path, names=["frugal"], cells=[cell])
+    assert not rows["frugal"]["met"] and len(failures) == 1
+    assert rows["frugal"][cell] > 1e-6 if part == "optimizer" else "it was not loaded" in failures[0]["found"]
+
+
+def test_ranks_that_differ_in_one_bit_are_found(tmp_path, monkeypatch):
+    """Both are nearer to the one process than the tolerance."""
+
+    def run_two(jobs, timeout):
+        single = train(jobs["sam"], str(tmp_path), make_model(torch.float64), rows=4, accumulation=2)
+        weights = flat(single.model)
+        other = weights.clone()
+        other[0] = torch.nextafter(other[0], torch.tensor(1.0, dtype=torch.float64))
+        return {"sam": [weights, weights if same else other]}
+
+    monkeypatch.setattr(optimizer_conformance, "run_two", run_two)
+    for same in (True, False):
+        rows, _, _, failures = tables(tmp_path, names=["sam"], cells=["two processes"])
+        assert rows["sam"]["met"] == same
+    assert failures[0]["found"].startswith("RuntimeError: The processes end with different weights, by ")
+
+
+@pytest.mark.parametrize("name", ["soap", "frugal"])
+def test_rarer_acts_fall_into_the_runs(name, tmp_path):
+    """SOAP turns its bases and FRUGAL changes its part early enough to be seen in the weights of every cell."""
+    job = job_of(Config(), registry.get(name))
+    found = [flat(train(one, str(tmp_path), make_model(torch.float64)).model) for one in (job, Job(optim=name))]
+    assert not torch.equal(*found)
+
+
 def test_options_reach_the_runs():
     config = Config(optim_args={"sam": "rho=0.2"})
     assert job_of(config, registry.get("sam")) == Job(optim="sam", optim_args="rho=0.2")
@@ -114,7 +153,12 @@ def test_options_reach_the_runs():
 
 @pytest.mark.parametrize(
     "fields, message",
-    [({"names": ["sma"]}, "Did you mean 'sam'"), ({"cells": ["pft"]}, "cells has 'pft'"), ({"timeout": 0}, "timeout")],
+    [
+        ({"names": ["sma"]}, "Did you mean 'sam'"),
+        ({"optim_args": {"sop": ""}}, "optim_args has 'sop'"),
+        ({"cells": ["pft"]}, "cells has 'pft'"),
+        ({"timeout": 0}, "timeout"),
+    ],
 )
 def test_bad_values_are_named(fields, message):
     with pytest.raises(ValueError, match=message):

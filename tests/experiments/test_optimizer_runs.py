@@ -63,6 +63,21 @@ def test_a_short_run_of_fewer_tokens(tmp_path):
     assert "The learning rate of AdamW and SOAP lies at the edge of the grid" in evidence["note"]
 
 
+def test_the_cost_is_of_the_runs_that_reach_the_loss(tmp_path, monkeypatch):
+    """Updates of AdamW take 10 ms, those of SOAP 20 in whole runs and 15 in the run of 80 updates."""
+
+    def made(folder, name, task, *, optim, lr, steps, **options):
+        loss = 2.0 + abs(lr - 2e-3) if optim != "soap" else 3.0 - steps / 80
+        ms = 10.0 if optim != "soap" else 15.0 if steps == 80 else 20.0
+        return {"tuning": loss + abs(lr - 2e-3), "loss": loss, "ms": ms, "peak_bytes": 1}
+
+    monkeypatch.setattr(fewer_tokens, "kept", made)
+    config = fewer_tokens.Config(steps=100, shares=(0.4, 0.8), lrs=(1e-3, 2e-3, 4e-3))
+    evidence = fewer_tokens.run(config, tmp_path)["evidence"]
+    assert evidence["reproduced"] and "takes 1.50 times AdamW's" in evidence["note"]
+    assert "the time to that loss is 1.20 of AdamW's" in evidence["note"] and "edge" not in evidence["note"]
+
+
 def test_the_first_share_below_the_goal():
     assert fewer_tokens.first_share({0.4: 2.0, 0.6: 1.5, 0.8: 1.4}, 1.5) == 0.6
     assert fewer_tokens.first_share({0.4: 2.0}, 1.5) is None

@@ -58,6 +58,8 @@ def test_a_short_run(tmp_path):
     sizes = [r["rms of delta"] for r in tried]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 0
     assert {f"right %, drop {d:g}" for d in (0.0, 0.8, 0.9, 0.95, 0.99)} <= set(rows[0])
+    left = [r["right %, drop 0.99"] for r in rows[1::-1]]
+    assert f"After dropping 99 %, AdamR has {left[0]} and Adam {left[1]} %" in found["evidence"]["note"]
     assert found["evidence"]["n"] == 2 and isinstance(found["evidence"]["reproduced"], bool)
 
 

@@ -552,6 +552,38 @@ def test_other_models_train_with_exact_outputs_and_cached_norms(kind, request):
     assert lengths == ({6, 8, 10, 13} if kind == "tiny_bert_classifier" else {6, 8, 9, 10, 13})
 
 
+@pytest.mark.parametrize("source", ["cache", "activation"])
+def test_gradients_of_a_classifier_are_unbiased(source, tiny_bert_classifier):
+    """Padding, a pooler and a head with few rows, gradients of 0 beside the first token of the last layer."""
+    model = tiny_bert_classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    torch.manual_seed(0)
+    lengths = torch.tensor([12, 5, 12, 7, 12, 9, 3, 12])
+    batch = {"input_ids": torch.randint(3, 128, (8, 12)), "labels": torch.arange(8) % 4}
+    batch["attention_mask"] = (torch.arange(12) < lengths[:, None]).long()
+
+    def gradient():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    exact = gradient()
+    with replace(model, WTACRSLinear(ratio=0.4, min_rows=1, norm_source=source)) as done:
+        sampler = next(iter(done.modules.values())).sampler
+        gradient()
+        draws = []
+        for _ in range(120):
+            sampler.recent.clear()
+            draws.append(gradient())
+        sampled = {f"{name}.weight" for name in done.modules}
+    for name, expected in exact.items():
+        found = torch.stack([draw[name] for draw in draws])
+        if name in sampled:
+            error, deviation = (found.mean(0) - expected).norm(), (found.std(0) / math.sqrt(len(found))).norm()
+            assert error <= 1.8 * deviation + 1e-7, name
+        else:
+            torch.testing.assert_close(found[-1], expected)
+
+
 # the Trainer
 
 

@@ -255,3 +255,14 @@ def test_a_batch_needs_the_length_of_a_row(tmp_path):
     args = arguments(tmp_path)
     args.max_length = 512  # as TRL's SFTConfig has it
     assert apply_step_law(args, N, D).law.batch_sequences == step_law(N, D, 512).batch_sequences
+
+
+def test_a_length_of_ones_own_and_swapped_arguments_are_said(tmp_path, warnings):
+    args = TrainingArguments(str(tmp_path), max_steps=3, use_cpu=True)
+    done = apply_step_law(args, 5e8, tokens=5e9, seq_len=1024)
+    assert args.max_steps == 3 and any(f"take {done.updates} updates, and max_steps=3" in text for text in warnings)
+    warnings.clear()
+    apply_step_law(TrainingArguments(str(tmp_path), use_cpu=True), 5e8, tokens=5e9, seq_len=1024)
+    assert not any("max_steps" in text for text in warnings)
+    with pytest.raises(TypeError, match="apply_step_law\\(args, model"):
+        apply_step_law(5e8, args, tokens=5e9, seq_len=1024)

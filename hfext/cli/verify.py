@@ -35,8 +35,8 @@ def verify(
     typer.echo("")
     for label, text in _lines(method, evidence, record):
         typer.echo(f"{label + ':':<12}{text}")
-    if save and context.args:
-        typer.echo("not saved:  the committed result is that of the recipe as it stands")
+    if save and (context.args or record.get("partial")):
+        typer.echo("not saved:  the committed result is that of the recipe as it stands, with all its data")
     elif save:
         save_result(name, record, out)
     raise typer.Exit(0 if evidence["reproduced"] else 1)

@@ -165,6 +165,7 @@ def test_bad_values_are_named(fields, message):
         Config(**fields)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_are_compared_with_one_and_an_error_stops_no_other(tmp_path):
     jobs = {"good": Job(optim="sam", optim_args="sync=true"), "bad": Job(optim="no_such"), "plain": Job()}

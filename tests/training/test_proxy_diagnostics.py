@@ -488,6 +488,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_log_what_one_does(tmp_path):
     """The rows of one process have fewer tokens than those of the other."""

@@ -184,6 +184,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_equal_one(tmp_path):
     run_two(f"FOLDER, OUT = {str(__file__).rpartition('/')[0]!r}, {str(tmp_path)!r}\n" + TWO)

@@ -192,7 +192,9 @@ METHOD = Method(
     usage="hfext.unlearning.relearning(model, forget_rows, tokenizer, gold=gold, target=before)",
     summary="Measures how fast a little fine-tuning brings unlearned rows back, beside a retrained model.",
     headline=Result(
-        metric="attack success rate", setting="ChatGPT, 100 examples of fine-tuning (abstract)", value="88 %"
+        metric="attack success rate",
+        setting="a commercial chat model, 100 examples of fine-tuning (abstract)",
+        value="88 %",
     ),
     notes="A measure of other methods: its curves stand in recipes/unlearning/ngdiff-llama-tofu.yaml.",
 )

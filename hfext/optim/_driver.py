@@ -287,9 +287,6 @@ def _load_best(original):
     def load_best(self):
         if two_pass_optimizer(self) is not None:
             _forget(self)
-        zeroth = zeroth_order_optimizer(self)
-        if zeroth is not None:
-            zeroth.flush()  # moves that wait are those of the last weights
         return original(self)
 
     return load_best

@@ -298,9 +298,6 @@ class ZerothOrder(OnePass):
         """True while the weights are not those of the trained model."""
         return False
 
-    def restore(self) -> None:
-        """Bring the weights back after an error inside `pair`."""
-
     def flush(self) -> None:
         """Make the moves that were put off: afterwards the weights are those of the trained model."""
 

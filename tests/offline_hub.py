@@ -266,7 +266,7 @@ def _handler(hub: OfflineHub):
                         return 400, {"error": f"LFS pointer of {value['path']} points to nothing"}, {}
                     files[value["path"]] = hub.blobs[value["oid"]]
             oid = _commit_id(head["id"].encode(), body)
-            repo["refs"][branch].append({"id": oid, "files": files})
+            repo["refs"][branch].append({"id": oid, "files": files, "message": header["summary"]})
             answer = {
                 "success": True,
                 "commitOid": oid,

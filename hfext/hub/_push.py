@@ -70,17 +70,18 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     about = {"base_model": base_model, "relation": relation, "config": config, "results": results}
-    with _staged(artifact, tokenizer, methods, about) as (folder, added):
+    with _staged(artifact, repo_id.rpartition("/")[2], tokenizer, methods, about) as (folder, added):
         operations = [CommitOperationAdd(name, path) for name, path in files_of(folder, ignore_patterns).items()]
         operations = [op for op in operations if op.path_in_repo not in added]
         operations += [CommitOperationAdd(name, io.BytesIO(text.encode())) for name, text in added.items()]
-        message = commit_message or f"Upload {type(artifact).__name__ if folder != artifact else folder} with hfext"
+        what = folder.resolve().name if isinstance(artifact, str | Path) else type(artifact).__name__
+        message = commit_message or f"Upload {what} with hfext"
         return _commit(HfApi(token=token), repo_id, operations, message, private, revision, create_pr)
 
 
 @contextlib.contextmanager
 def _staged(
-    artifact: Any, tokenizer: Any, methods: Sequence[str], about: Mapping[str, Any]
+    artifact: Any, name: str, tokenizer: Any, methods: Sequence[str], about: Mapping[str, Any]
 ) -> Iterator[tuple[Path, dict[str, str]]]:
     """The folder of an artifact, and files that are made for it and stand in no folder of the user's."""
     with contextlib.ExitStack() as stack:
@@ -91,6 +92,8 @@ def _staged(
             result = recipe.read_result(str(artifact))
             if result is None:
                 raise FileNotFoundError(f"{artifact} has no result to publish: run `hfext verify {artifact}` first.")
+            folder = folder / str(artifact)
+            folder.mkdir()
             recipe.write_json(folder / f"{artifact}.json", result)
             yield folder, {"README.md": str(model_card(str(artifact)))}
             return
@@ -106,10 +109,12 @@ def _staged(
             )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        yield folder, _made_for(folder, artifact, methods, about)
+        yield folder, _made_for(folder, name, artifact, methods, about)
 
 
-def _made_for(folder: Path, artifact: Any, methods: Sequence[str], about: Mapping[str, Any]) -> dict[str, str]:
+def _made_for(
+    folder: Path, name: str, artifact: Any, methods: Sequence[str], about: Mapping[str, Any]
+) -> dict[str, str]:
     """Record and card, where the folder has none."""
     if (folder / RECORD).is_file() and (methods or any(value is not None for value in about.values())):
         raise ValueError(f"{folder} has an {RECORD} already: change that, or push without methods and results.")
@@ -124,11 +129,11 @@ def _made_for(folder: Path, artifact: Any, methods: Sequence[str], about: Mappin
         )
     with tempfile.TemporaryDirectory() as beside:
         # The card reads the folder of the record; the user's folder is not written to.
-        copy = Path(beside) / (folder.resolve().name if isinstance(artifact, str | Path) else "model")
+        copy = Path(beside) / name
         copy.mkdir()
-        for name in ("config.json", "adapter_config.json"):
-            if (folder / name).is_file():
-                (copy / name).write_bytes((folder / name).read_bytes())
+        for file in ("config.json", "adapter_config.json"):
+            if (folder / file).is_file():
+                (copy / file).write_bytes((folder / file).read_bytes())
         save_record(copy, known, **about)
         made = {RECORD: (copy / RECORD).read_text(encoding="utf-8")}
         if not _own_card(folder):

@@ -71,6 +71,14 @@ def test_one_commit_holds_everything_and_a_card(server, folder):
     assert b"arxiv:2407.12993" in files["README.md"] and b"base_model_relation: finetune" in files["README.md"]
     assert done.oid == server.find("user/thing", "main")["id"]
     assert not (folder / "README.md").exists()  # a user's folder is not written to
+    assert server.find("user/thing", "main")["message"] == "Upload thing with hfext"  # and no path of the machine
+
+
+def test_the_card_of_a_model_names_its_repository(server, tiny_llama):
+    hfext.push_to_hub(tiny_llama(), "user/shakespeare", methods=["sam"])
+    card = server.files("user/shakespeare")["README.md"].decode()
+    assert "# shakespeare" in card and 'from_pretrained("shakespeare")' in card
+    assert server.find("user/shakespeare", "main")["message"] == "Upload LlamaForCausalLM with hfext"
 
 
 def test_a_second_push_sends_no_file_twice_and_keeps_a_card_of_ones_own(server, folder):

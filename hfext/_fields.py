@@ -1,13 +1,18 @@
 """Values of dataclass fields: from YAML text to the type a field declares, and back to plain JSON types."""
 
+import contextlib
+import importlib.metadata
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+from packaging.version import InvalidVersion, Version
+
+VERSION = "hfext_version"  # in what is saved: which version wrote it
 
 
 class _Loader(yaml.SafeLoader):
@@ -113,3 +118,31 @@ def divides(name: str, value: int, whole: int, what: str) -> None:
         raise ValueError(
             f"{name} is {value} but must divide the {whole} {what}: one of {', '.join(map(str, fitting))}."
         )
+
+
+def newer(written: Any) -> str:
+    """What to do about something that hfext `written` has written; empty where that is no later version than this."""
+    here = importlib.metadata.version("hfext")
+    try:
+        later = isinstance(written, str) and Version(written) > Version(here)
+    except InvalidVersion:
+        later = False
+    if not later:
+        return ""
+    return f"It was written by hfext {written}, and here is {here}: update with `pip install --upgrade hfext`."
+
+
+@contextlib.contextmanager
+def explained(written: Any) -> Iterator[None]:
+    """Says of what cannot be read that a later version wrote it, if one did; what can be read is only warned about."""
+    from transformers.utils import logging
+
+    note = newer(written)
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if note and note not in str(error):
+            raise ValueError(f"{note} What this version cannot read: {error}") from error
+        raise
+    if note:
+        logging.get_logger(__name__).warning_once(note)

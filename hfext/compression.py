@@ -13,6 +13,7 @@ A config of ours is a `PartConfig`. One of a cache has two methods for this file
 
 import dataclasses
 import difflib
+import importlib.metadata
 import inspect
 import os
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ._fields import coerce
+from ._fields import VERSION, coerce, explained
 
 METHOD = "hfext"
 PREFIX = "kv_cache."
@@ -97,15 +98,20 @@ class PartConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
         """The config of `to_dict`; its method decides the class. Unknown keys are errors."""
-        options = {key: value for key, value in config_dict.items() if key not in ("quant_method", "method")}
+        with explained(config_dict.get(VERSION)):
+            config = cls._from_dict(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def _from_dict(cls, config_dict: dict[str, Any]) -> "PartConfig":
+        options = {key: value for key, value in config_dict.items() if key not in ("quant_method", "method", VERSION)}
         name = config_dict.get("method", cls.method)
         known = {method: part for method, part in PARTS.items() if issubclass(part, cls)}
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(sorted(known))}."
             raise ValueError(f"There is no {cls.kind} {name!r}. {hint}")
-        config = known[name].read(options)
-        return (config, kwargs) if return_unused_kwargs else config
+        return known[name].read(options)
 
 
 class CompressionConfig(QuantizationConfigMixin):
@@ -124,7 +130,7 @@ class CompressionConfig(QuantizationConfigMixin):
     quant_method = METHOD
 
     def __init__(self, weights: Any = None, kv_cache: Any = None, **unknown: Any):
-        unknown.pop("quant_method", None)
+        unknown = {key: value for key, value in unknown.items() if key not in ("quant_method", VERSION)}
         for key in unknown:
             near = difflib.get_close_matches(key, ("weights", "kv_cache"), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else " It has weights and kv_cache."
@@ -148,7 +154,8 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         parts = {"weights": self.weights, "kv_cache": self.kv_cache}
-        return {"quant_method": METHOD} | {k: None if v is None else v.to_dict() for k, v in parts.items()}
+        parts = {k: None if v is None else v.to_dict() for k, v in parts.items()}
+        return {"quant_method": METHOD, VERSION: importlib.metadata.version("hfext"), **parts}
 
     def __iter__(self):
         yield from self.to_dict().items()
@@ -156,8 +163,10 @@ class CompressionConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
         """The config of `to_dict`; the JSON form of a part that stands by itself is read too."""
-        alone = config_dict.get("method")
-        config = joined(PartConfig.from_dict(config_dict)) if alone else cls(**config_dict)
+        written = config_dict.get(VERSION)
+        with explained(written):
+            options = {key: value for key, value in config_dict.items() if key != VERSION}
+            config = joined(PartConfig.from_dict(options)) if options.get("method") else cls(**options)
         return (config, kwargs) if return_unused_kwargs else config
 
     def __repr__(self) -> str:

@@ -5,7 +5,8 @@
         HfApi(endpoint=hub.url, token="hf_test").create_repo("user/name")
 
 Kinds of fault: `drop` (the line is cut before an answer), `drop_after` (cut when the request was carried out), `500`,
-`429` (with Retry-After), `401`, `403`, `404`, `truncate` (half of a download), `garble` (other bytes).
+`429` (with Retry-After), `401`, `403`, `404`, `truncate` (half of an answer), `garble` (other bytes, also of what is
+sent). An answer that refuses repeats the token that came with the request, as a careless proxy does.
 """
 
 import base64
@@ -18,6 +19,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
+TOKEN = "hf_onlyForTests"
 LARGE = (".safetensors", ".npz", ".bin", ".png")
 
 
@@ -26,6 +30,8 @@ class OfflineHub:
 
     def __init__(self):
         self.repos, self.blobs, self.log, self.faults = {}, {}, [], []
+        self.tokens, self.slept = set(), []
+        self.retry_after = "0"
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
@@ -56,6 +62,12 @@ class OfflineHub:
                         return fault["kind"]
         return None
 
+    def add(self, repo_id: str, files: dict[str, bytes | str], **about) -> None:
+        """A repository that is there from the start; `gated="manual"` restricts it."""
+        files = {name: data.encode() if isinstance(data, str) else data for name, data in files.items()}
+        first = {"id": _commit_id(repo_id.encode(), *files.values()), "files": files}
+        self.repos[repo_id] = {"refs": {"main": [first]}, "private": False, "pulls": 0, **about}
+
     def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
         """What a visitor sees."""
         repo = self.repos.get(repo_id)
@@ -85,6 +97,8 @@ def _blob_id(data: bytes) -> str:
 def _handler(hub: OfflineHub):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # Head and body are two writes: without this each answer waits for the client's acknowledgement.
+        disable_nagle_algorithm = True
 
         def log_message(self, *args):
             pass
@@ -113,14 +127,23 @@ def _handler(hub: OfflineHub):
             path, query = unquote(url.path), parse_qs(url.query)
             kind = hub.fault_for(method, path)
             hub.log.append((method, path, kind))
+            came = self.headers.get("Authorization") or ""
+            hub.tokens.add(came.removeprefix("Bearer "))
             if kind == "drop":
                 return self.cut()
             if kind in ("401", "403", "404"):
-                return self.answer(int(kind), {"error": f"status {kind}"})
+                return self.answer(int(kind), {"error": f"status {kind}: {came}"}, head=method == "HEAD")
             if kind == "429":
-                return self.answer(429, {"error": "too many requests"}, {"Retry-After": "0"})
+                return self.answer(
+                    429,
+                    {"error": f"too many requests: {came}"},
+                    {"Retry-After": hub.retry_after},
+                    head=method == "HEAD",
+                )
             if kind == "500":
-                return self.answer(500, {"error": "the server stumbled"})
+                return self.answer(500, {"error": f"the server stumbled: {came}"}, head=method == "HEAD")
+            if kind == "garble" and method == "PUT":
+                body = bytes(len(body))
             with hub.lock:
                 status, content, headers = self.route(method, path, query, body)
             if kind == "drop_after":
@@ -201,7 +224,14 @@ def _handler(hub: OfflineHub):
                     return 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
                 siblings = [self.sibling(name, data) for name, data in commit["files"].items()]
                 about = {"id": repo_id, "sha": commit["id"], "siblings": siblings, "tags": [], "downloads": 0}
-                return 200, {**about, "private": repo["private"], "modelId": repo_id, "likes": 0}, {}
+                about |= {
+                    "private": repo["private"],
+                    "modelId": repo_id,
+                    "likes": 0,
+                    "gated": repo.get("gated", False),
+                }
+                card = re.match(rb"---\n(.*?)\n---", commit["files"].get("README.md", b""), re.DOTALL)
+                return 200, about | ({"cardData": yaml.safe_load(card[1])} if card else {}), {}
             if what == "branch":
                 if rest in repo["refs"]:
                     return 409, {"error": "Reference already exists"}, {}

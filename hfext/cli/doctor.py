@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ._output import cell, table
+from ._output import cell, table, user_errors
 
 OPTIONAL = {
     "triton": "kernels",
@@ -21,14 +21,20 @@ OPTIONAL = {
 
 
 def doctor(
-    path: Annotated[
-        Path | None, typer.Argument(help="Folder of a saved model: look only at what of it needs hfext.")
+    artifact: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder or a repository of the Hub: look only at what it needs and whether it can be served."
+        ),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
 ) -> None:
-    """Print versions, the GPU, optional packages, and check every private hook; exit status 1 when one is broken."""
-    if path is not None:
-        compressed = _saved_compression(path)
-        raise typer.Exit(max(compressed, _saved_fields(path)) if compressed is not None else _saved_fields(path))
+    """Print versions, the GPU, optional packages, and check every private hook; exit status 1 when one is broken.
+
+    Of an artifact: what it needs, and what transformers alone would ignore; exit status 1 when it cannot be served.
+    """
+    if artifact is not None:
+        raise typer.Exit(_artifact(artifact, revision))
     import torch
 
     from .. import compat, recipe
@@ -46,7 +52,42 @@ def doctor(
     raise typer.Exit(0 if all(row["works"] for row in results) else 1)
 
 
-def _saved_compression(path: Path) -> int | None:
+def _artifact(artifact: str, revision: str | None) -> int:
+    """Look at a folder, a file of generation fields, or the small files of a repository."""
+    from ..hub._needs import fetch_light, needs_of
+    from ..hub._record import HUB_ID
+
+    path, whole = Path(artifact), True
+    if path.is_file():
+        return _saved_fields(path)
+    if not path.exists() and HUB_ID.fullmatch(artifact) and "/" in artifact:
+        with user_errors(OSError, ValueError):
+            path, whole = fetch_light(artifact, revision), False
+    if not path.is_dir():
+        typer.echo(f"hfext: {path} does not exist.", err=True)
+        return 2
+    found = needs_of(path)
+    fields = path / "generation_config.json"
+    if not (found.rows or found.problems or fields.is_file()):
+        typer.echo(f"hfext: {path} has nothing that says what it is.", err=True)
+        return 2
+    typer.echo(f"{artifact}: {found.kind.replace('_', ' ')}\n")
+    if found.rows:
+        typer.echo(table([{key: cell(value) for key, value in row.items()} for row in found.rows]) + "\n")
+    worst = 1 if found.problems else 0
+    if not found.problems and (path / "config.json").is_file():
+        worst = _saved_compression(path, whole) or 0
+    if not found.problems and fields.is_file():
+        worst = max(worst, _saved_fields(path))
+    for text in found.ignored:
+        typer.echo(f"transformers alone ignores {text}" if not text.startswith("It was written") else text)
+    for problem in found.problems:
+        typer.echo(f"hfext: {problem}", err=True)
+    typer.echo("\nThis installation can serve it." if worst == 0 else "\nThis installation cannot serve it.")
+    return worst
+
+
+def _saved_compression(path: Path, whole: bool = True) -> int | None:
     """Print the CompressionConfig of a saved model and check what belongs to it; None when it has none."""
     from .. import CompressionConfig, compression, quantization
 
@@ -58,16 +99,16 @@ def _saved_compression(path: Path) -> int | None:
         if about.get("quant_method") != compression.METHOD:
             return None
         config = CompressionConfig.from_dict(about)
-        if compression.slot_of(config.weights) == "weights":
+        if whole and compression.slot_of(config.weights) == "weights":
             quantization.check_folder(path)
         calibration = getattr(config.kv_cache, "calibration", None)
-        if calibration is not None:
+        if whole and calibration is not None:
             calibration = calibration.filled(compression.stored_tensors(sorted(path.glob("*.safetensors"))), str(path))
     except Exception as error:  # whatever is wrong with the file is what is to be reported
         typer.echo(f"hfext: {file}: {type(error).__name__}: {error}", err=True)
         return 1
     typer.echo(f"{config}")
-    if calibration is not None:
+    if whole and calibration is not None:
         typer.echo(f"calibrated on {calibration.tokens} tokens; its {len(calibration.tensors)} tensors are whole.")
     typer.echo(
         "`import hfext` before from_pretrained: transformers alone only warns, and then "

@@ -14,7 +14,8 @@ from ._generate import (
     on_logits_processors,
     own_cache,
 )
-from ._hub import hub_failures
+from ._hub import hub_failures, line_failed, pushes_of, wait_for_pushes
+from ._masks import computes_its_own_attention, is_causal, mask_parts
 from ._torch import (
     cpu_kernels,
     cpu_multiplies_bf16,

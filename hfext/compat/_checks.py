@@ -57,6 +57,8 @@ CHECKS: list[tuple[str, str, Callable[[], None]]] = [
             "log",
             "evaluate",
             "save_model",
+            "push_to_hub",
+            "_push_from_checkpoint",
             "_save_optimizer_and_scheduler",
             "_load_optimizer_and_scheduler",
             "_load_best_model",

@@ -1,5 +1,6 @@
 """The folder of an n-gram store: a manifest, and one memory-mapped safetensors file an order."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -67,7 +68,7 @@ def write_store(folder: Path, info: StoreInfo, parts: Iterator[tuple[int, Iterat
             path = partial / _file_name(n)
             _write_order(path, n, info, blocks)
             entries[str(n)] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-        manifest = {"format": STORE_FORMAT, "info": asdict(info), "orders": entries}
+        manifest = {"format": STORE_FORMAT, **_writer(), "info": asdict(info), "orders": entries}
         (partial / STORE_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)
         partial.rename(folder)
@@ -120,7 +121,7 @@ def read_store(folder: Path, verify: bool) -> tuple[dict[int, dict[str, np.ndarr
     try:
         manifest = json.loads(path.read_bytes())
         if not isinstance(manifest, dict) or manifest.get("format") != STORE_FORMAT:
-            raise ValueError(f"its format is not {STORE_FORMAT}")
+            raise ValueError(_format_problem(manifest))
         info = StoreInfo(**manifest["info"])
         files = {int(n): (entry["bytes"], entry["crc32"]) for n, entry in manifest["orders"].items()}
         if not all(type(number) is int for entry in files.values() for number in entry):
@@ -132,6 +133,26 @@ def read_store(folder: Path, verify: bool) -> tuple[dict[int, dict[str, np.ndarr
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or of another version: {error}.") from error
     return {n: _read_order(folder, n, info, *entry, verify) for n, entry in files.items()}, info
+
+
+def _format_problem(manifest: Any) -> str:
+    """What is wrong with the format; a higher number is that of a later hfext."""
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(found, int) or found <= STORE_FORMAT:
+        return f"its format is not {STORE_FORMAT}"
+    writer = f"hfext {manifest['hfext_version']}" if "hfext_version" in manifest else "a later hfext"
+    return (
+        f"its format is {found}, written by {writer}, and this version reads {STORE_FORMAT}: update with `pip install "
+        "--upgrade hfext`"
+    )
+
+
+def _writer() -> dict[str, str]:
+    """The version that writes a store, where this is hfext and not its exported file alone."""
+    try:
+        return {"hfext_version": importlib.metadata.version("hfext")}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
 
 
 def _read_order(folder: Path, n: int, info: StoreInfo, size: int, crc32: int, verify: bool) -> dict[str, np.ndarray]:

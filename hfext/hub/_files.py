@@ -13,7 +13,9 @@ STATE = (
     "trainer_state.json", "hfext_state_*.pt", "checkpoint-*/*", "runs/*", "events.out.tfevents*",
     ".git/*", ".cache/*", "*.tmp", "*/__pycache__/*", "__pycache__/*",
 )  # fmt: skip
+ALWAYS_HOME = ("training_args.bin",)  # a pickle with the token in it, which nothing needs to resume
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+INDEX = ".safetensors.index.json"
 HEADER_LIMIT = 100_000_000  # of safetensors, as the format has it
 
 
@@ -43,6 +45,10 @@ def files_of(folder: str | Path, ignore_patterns: Sequence[str] = ()) -> dict[st
             found[name] = path
     if not found:
         raise Refused(f"{folder} has no file to publish.")
+    for name, path in found.items():
+        missing = [shard for shard in shards_of(path) if shard not in found] if name.endswith(INDEX) else []
+        if missing:
+            raise Refused(f"{path} names {missing[0]}, which is not there: the artifact is not whole.")
     return found
 
 
@@ -58,6 +64,26 @@ def check_file(path: Path) -> None:
         )
     if path.suffix == ".safetensors":
         check_safetensors(path)
+    if path.name.endswith(INDEX):
+        shards_of(path)
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name in a repository is no path below its folder, on any system."""
+    parts = name.replace("\\", "/").split("/")
+    return not name or "\\" in name or "\0" in name or ".." in parts or name.startswith("/") or ":" in parts[0]
+
+
+def shards_of(path: Path) -> list[str]:
+    """The files that the index of a checkpoint names; `Refused` when one of them leads out of the folder."""
+    try:
+        shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"{path} is damaged: it cannot be read as an index of weights.") from error
+    for shard in shards:
+        if not isinstance(shard, str) or leads_out(shard):
+            raise Refused(f"{path} names {shard!r}, which leads out of its folder.")
+    return shards
 
 
 def _holds_pickle(path: Path, start: bytes) -> bool:

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import itertools
 import json
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import PushToHubMixin, logging
 
 from .. import recipe, registry
+from .._fields import plain
 from ..compat import hub_failures
 from ..decoding.ngram_store import NGramStore
 from ..kv_cache._config import KVCacheConfig
 from ..kv_cache.kv_prediction import KVPredictor
-from ._card import model_card
-from ._fetch import hash_of, reason
+from ._card import model_card, plots_of
+from ._fetch import delay_after, hash_of, patient, reason
 from ._files import files_of
-from ._record import RECORD, save_record
+from ._kinds import base_of, check_kind, kind_of
+from ._licence import is_on_hub, licence_of
+from ._record import HUB_ID, RECORD, is_evaluation, read_record, save_record
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -35,7 +40,8 @@ def push_to_hub(
     base_model: str | None = None,
     relation: str | None = None,
     config: Any = None,
-    results: Sequence[Mapping[str, Any]] | None = None,
+    results: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    license: str | Mapping[str, Any] | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -49,12 +55,17 @@ def push_to_hub(
 
     Args:
         artifact: A model, a PEFT model, a folder, a cache config with its calibration, an `NGramStore`, a
-            `KVPredictor`, or the name of a method, whose result and card are published.
+            `KVPredictor`, or the name of a method, whose result and card are published. A folder may be that of a
+            saved model or adapter, of a kernel (with `build.toml`), or one with `custom_generate/generate.py`.
         repo_id (`str`): `user/name`; made if it is not there.
         methods (`Sequence[str]`, *optional*): What made it, for `hfext.json` and the card, where neither the folder's
             record nor the config of the model says so.
         tokenizer (*optional*): Saved beside a model.
-        base_model, relation, config, results (*optional*): As in [`save_record`].
+        base_model, relation, config, results (*optional*): As in [`save_record`]. A model that came from the Hub and
+            an adapter say themselves what they were made from. Of what [`hfext.unlearning.evaluate`] returned the
+            rows are not published: they hold what was to be forgotten.
+        license (`str` or `Mapping`, *optional*): A licence's id, or the fields `license`, `license_name` and
+            `license_link`; by default that of the base as its card says it, and else `unknown`.
         private (`bool`, *optional*): Of a new repository.
         revision (`str`, *optional*): Branch, made if it is not there; `main` by default.
         create_pr (`bool`, *optional*): Open a pull request in place of a commit to the branch.
@@ -63,26 +74,50 @@ def push_to_hub(
         ignore_patterns (`Sequence[str]`, *optional*): Files of a folder to leave out; a training's state always is.
 
     Raises:
-        `Refused`: A pickle, a link, or damaged safetensors.
+        `Refused`: A pickle, a link, damaged safetensors, or a kernel that could not be loaded.
         `ValueError`: Nothing says which methods made the artifact.
         `OSError`: The Hub could not be reached, or did not take it. The repository is as it was.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     about = {"base_model": base_model, "relation": relation, "config": config, "results": results}
-    with _staged(artifact, repo_id.rpartition("/")[2], tokenizer, methods, about) as (folder, added):
-        operations = [CommitOperationAdd(name, path) for name, path in files_of(folder, ignore_patterns).items()]
-        operations = [op for op in operations if op.path_in_repo not in added]
-        operations += [CommitOperationAdd(name, io.BytesIO(text.encode())) for name, text in added.items()]
+    with _staged(artifact, repo_id, tokenizer, methods, about, license, token) as (folder, added):
         what = folder.resolve().name if isinstance(artifact, str | Path) else type(artifact).__name__
         message = commit_message or f"Upload {what} with hfext"
-        return _commit(HfApi(token=token), repo_id, operations, message, private, revision, create_pr)
+        return publish(folder, added, repo_id, message, private, revision, create_pr, token, ignore_patterns)
+
+
+def publish(
+    folder: Path,
+    added: Mapping[str, str | Path],
+    repo_id: str,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    ignore_patterns: Sequence[str] = (),
+) -> "CommitInfo":
+    """One commit of what may be published of a folder, and of files that were made for it, as text or as paths."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = [CommitOperationAdd(name, path) for name, path in files_of(folder, ignore_patterns).items()]
+    operations = [op for op in operations if op.path_in_repo not in added]
+    operations += [
+        CommitOperationAdd(name, made if isinstance(made, Path) else io.BytesIO(made.encode()))
+        for name, made in added.items()
+    ]
+    return _commit(HfApi(token=token), repo_id, operations, message, private, revision, create_pr)
 
 
 @contextlib.contextmanager
 def _staged(
-    artifact: Any, name: str, tokenizer: Any, methods: Sequence[str], about: Mapping[str, Any]
-) -> Iterator[tuple[Path, dict[str, str]]]:
+    artifact: Any,
+    repo_id: str,
+    tokenizer: Any,
+    methods: Sequence[str],
+    about: Mapping[str, Any],
+    license: str | Mapping[str, Any] | None,
+    token: str | bool | None,
+) -> Iterator[tuple[Path, dict[str, str | Path]]]:
     """The folder of an artifact, and files that are made for it and stand in no folder of the user's."""
     with contextlib.ExitStack() as stack:
         given = isinstance(artifact, str | Path) and Path(artifact).is_dir()
@@ -95,7 +130,8 @@ def _staged(
             folder = folder / str(artifact)
             folder.mkdir()
             recipe.write_json(folder / f"{artifact}.json", result)
-            yield folder, {"README.md": str(model_card(str(artifact)))}
+            licence = None if license is None else licence_of(None, license)
+            yield folder, {"README.md": str(model_card(str(artifact), license=licence)), **plots_of([str(artifact)])}
             return
         if isinstance(artifact, PushToHubMixin | KVCacheConfig | KVPredictor):
             artifact.save_pretrained(folder)
@@ -109,39 +145,99 @@ def _staged(
             )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        yield folder, _made_for(folder, name, artifact, methods, about)
+        check_kind(folder)
+        known = list(methods) or methods_of(folder)
+        if not known and isinstance(artifact, KVCacheConfig | NGramStore | KVPredictor):
+            known = [{NGramStore: "superposed", KVPredictor: "kv_prediction"}.get(type(artifact)) or artifact.method]
+        origin = origin_of(artifact)
+        yield folder, made_for(folder, repo_id, known, about, license, origin, token, bool(methods))
 
 
-def _made_for(
-    folder: Path, name: str, artifact: Any, methods: Sequence[str], about: Mapping[str, Any]
-) -> dict[str, str]:
-    """Record and card, where the folder has none."""
-    if (folder / RECORD).is_file() and (methods or any(value is not None for value in about.values())):
-        raise ValueError(f"{folder} has an {RECORD} already: change that, or push without methods and results.")
+def origin_of(artifact: Any) -> str | None:
+    """What a model was loaded from: an id of the Hub, or a folder."""
+    model = artifact.get_base_model() if hasattr(artifact, "peft_config") else getattr(artifact, "base", artifact)
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def made_for(
+    folder: Path,
+    repo_id: str,
+    methods: Sequence[str],
+    about: Mapping[str, Any],
+    license: str | Mapping[str, Any] | None = None,
+    origin: str | None = None,
+    token: str | bool | None = None,
+    named: bool = False,
+) -> dict[str, str | Path]:
+    """Record, card and plots, where the folder has none of its own."""
+    kind = kind_of(folder)
     if (folder / RECORD).is_file():
-        return {} if _own_card(folder) else {"README.md": str(model_card(folder))}
-    known = list(methods) or methods_of(folder)
-    if not known and isinstance(artifact, KVCacheConfig | NGramStore | KVPredictor):
-        known = [{NGramStore: "superposed", KVPredictor: "kv_prediction"}.get(type(artifact)) or artifact.method]
-    if not known:
+        if named or license is not None or any(value is not None for value in about.values()):
+            raise ValueError(f"{folder} has an {RECORD} already: change that, or push without methods and results.")
+        record = read_record(folder)
+        licence = record.get("license") or licence_of(record["base_model"], token=token)
+        return _card_of(folder, repo_id, licence, record["methods"])
+    if not methods and kind in ("kernel", "custom_generate"):
+        licence = None if license is None else licence_of(None, license)
+        return _card_of(folder, repo_id, licence, [])
+    if not methods:
         raise ValueError(
             f"Nothing in {folder} says which methods made it: pass methods=['bisam', ...] (see `hfext list`)."
         )
-    with tempfile.TemporaryDirectory() as beside:
+    about = dict(about)
+    origin = base_of(folder) or origin
+    beside = origin if origin and Path(origin).is_dir() else None
+    known = origin and not Path(origin).exists() and HUB_ID.fullmatch(origin)
+    if about["base_model"] is None and known and is_on_hub(origin, token):
+        about["base_model"] = origin
+        about["relation"] = about["relation"] or _relation(kind, methods)
+    licence = licence_of(about["base_model"], license, beside, token)
+    with tempfile.TemporaryDirectory() as scratch:
         # The card reads the folder of the record; the user's folder is not written to.
-        copy = Path(beside) / name
+        copy = Path(scratch) / folder.resolve().name
         copy.mkdir()
-        for file in ("config.json", "adapter_config.json"):
-            if (folder / file).is_file():
-                (copy / file).write_bytes((folder / file).read_bytes())
-        save_record(copy, known, **about)
-        made = {RECORD: (copy / RECORD).read_text(encoding="utf-8")}
-        if not _own_card(folder):
-            made["README.md"] = str(model_card(copy))
+        for path in _told_by(folder):
+            (copy / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(folder)).write_bytes(path.read_bytes())
+        save_record(copy, methods, **about, license=licence)
+        made: dict[str, str | Path] = {RECORD: (copy / RECORD).read_text(encoding="utf-8")}
+        if is_evaluation(about["results"]):
+            found = {key: value for key, value in about["results"].items() if key != "rows"}
+            made["evaluation.json"] = json.dumps(plain(found), indent=2) + "\n"
+        if not own_card(folder):
+            made |= {"README.md": str(model_card(copy, repo_id)), **plots_of(methods)}
         return made
 
 
-def _own_card(folder: Path) -> bool:
+def _told_by(folder: Path) -> list[Path]:
+    """The files that a card is made from."""
+    names = ("config.json", "adapter_config.json", "build.toml", "CARD.md", "ngram_store.json", "kv_prediction.json")
+    found = [folder / name for name in (*names, "kv_cache.safetensors", "custom_generate/generate.py")]
+    if kind_of(folder) == "kernel":
+        found += sorted((folder / "torch-ext").rglob("*.py"))
+        found += sorted((folder / "build").rglob("*.py"))[:1]
+    return [path for path in found if path.is_file()]
+
+
+def _card_of(folder: Path, repo_id: str, licence: Any, methods: Sequence[str]) -> dict[str, str | Path]:
+    if own_card(folder):
+        return {}
+    return {"README.md": str(model_card(folder, repo_id, licence)), **plots_of(methods)}
+
+
+def _relation(kind: str, methods: Sequence[str]) -> str | None:
+    """How an artifact relates to what it was loaded from, where there is one word for it."""
+    families = {registry.get(name).family for name in methods}
+    if kind == "adapter":
+        return "adapter"
+    if kind != "model":
+        return None
+    if "quantization" in families:
+        return "quantized"
+    return "finetune" if families - {"kv_cache", "decoding", "metrics"} else None
+
+
+def own_card(folder: Path) -> bool:
     """Whether somebody wrote the card: PEFT and the Trainer leave forms to be filled in."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -175,13 +271,26 @@ def _commit(
 
     before, failures = None, hub_failures()
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        patient(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if revision not in (None, "main") and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        before = api.repo_info(repo_id, revision=revision).sha
-        return api.create_commit(
-            repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr, parent_commit=before
-        )
+            patient(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        before = patient(lambda: api.repo_info(repo_id, revision=revision)).sha
+        for attempt in itertools.count():
+            try:
+                return api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message=message,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=before,
+                )
+            except failures as error:
+                # The line may have broken when the commit was made already.
+                delay = None if create_pr else delay_after(error, attempt)
+                if delay is None or api.repo_info(repo_id, revision=revision).sha != before:
+                    raise
+                time.sleep(delay)
     except HFValidationError:
         raise
     except OfflineModeIsEnabled as error:
@@ -189,13 +298,13 @@ def _commit(
     except failures as error:
         state, again = "was not changed", "Call push_to_hub again: files that arrived are not sent twice."
         if before is not None:
-            # The line may have broken when the commit was made already.
             try:
-                after = api.repo_info(repo_id, revision=revision).sha
+                after = patient(lambda: api.repo_info(repo_id, revision=revision)).sha
                 if after != before and _holds(api, repo_id, after, operations):
                     return CommitInfo(f"{api.endpoint}/{repo_id}/commit/{after}", message, "", after)
             except failures:
                 state = "may have been changed: this cannot be seen now"
+            state += ", but a pull request may be open" if create_pr and delay_after(error, 0) is not None else ""
         raise OSError(f"{repo_id} {state}: {reason(error)} {again}") from error
 
 

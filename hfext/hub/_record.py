@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import recipe, registry
-from .._fields import plain
+from .._fields import newer, plain
+from ._licence import check_licence
 
 RECORD = "hfext.json"
 FORMAT = 1
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def save_record(
@@ -24,7 +25,8 @@ def save_record(
     base_model: str | None = None,
     relation: str | None = None,
     config: Any = None,
-    results: Sequence[Mapping[str, Any]] | None = None,
+    results: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    license: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `hfext.json` into the folder of a saved model or adapter.
 
@@ -35,7 +37,9 @@ def save_record(
         relation (`str`, *optional*): How it relates to `base_model`: one of `RELATIONS`.
         config (*optional*): The settings, as a dataclass or a mapping.
         results (`Sequence[Mapping]`, *optional*): Measured numbers: each has `metric`, `value` and `dataset`, and may
-            have `split` and `setting`.
+            have `split`, `setting` and `machine`. What [`hfext.unlearning.evaluate`] returned is taken as it is; a key
+            `dataset` names its data.
+        license (`Mapping`, *optional*): As `licence_of` finds it, with `license`, an id of the Hub.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -46,12 +50,45 @@ def save_record(
         "base_model": base_model,
         "relation": relation,
         "config": plain(_settings(config)),
-        "results": plain(results or []),
+        "results": plain(results_of(results)),
         "versions": recipe.versions(),
     }
+    if license is not None:
+        record["license"] = plain(license)
     _check(record)
     recipe.write_json(folder / RECORD, record)
     return folder / RECORD
+
+
+PARTS = {
+    "forget": "rows to forget",
+    "retain": "rows to keep",
+    "real_authors": "real authors",
+    "world_facts": "world facts",
+    "holdout": "rows never seen",
+}
+
+
+def is_evaluation(results: Any) -> bool:
+    """Whether this is the dictionary of [`hfext.unlearning.evaluate`]."""
+    return isinstance(results, Mapping) and {"rows", "missing"} <= set(results)
+
+
+def results_of(results: Any) -> Any:
+    """The numbers of [`hfext.unlearning.evaluate`] as results, each with the rows it was measured on; other results as
+    they are. Values that are not finite stay out: `evaluate` says in `missing` what it could not compute."""
+    if not is_evaluation(results):
+        return results or []
+    whole = results.get("dataset")
+    found = []
+    for name, value in results.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            continue
+        part = next((part for part in PARTS if name.startswith(f"{part}_")), None)
+        rows = PARTS[part] if part else "rows to forget and to keep"
+        entry = {"metric": name.replace("_", " "), "value": value, "dataset": whole or rows}
+        found.append({**entry, "split": rows} if whole and part else entry)
+    return found
 
 
 def _settings(config: Any) -> Any:
@@ -85,8 +122,10 @@ def _check(record: Any) -> None:
     if not isinstance(record, dict):
         raise ValueError("the record must be a JSON object.")
     if record.get("format") != FORMAT:
+        versions = record.get("versions")
+        note = newer(versions.get("hfext") if isinstance(versions, dict) else None)
         raise ValueError(
-            f"format is {record.get('format')!r}, but this version of hfext reads {FORMAT}. Update hfext."
+            f"format is {record.get('format')!r}, but this version of hfext reads {FORMAT}. {note or 'Update hfext.'}"
         )
     for field, kind in {"methods": list, "config": dict, "results": list, "versions": dict}.items():
         if not isinstance(record.get(field), kind):
@@ -94,12 +133,13 @@ def _check(record: Any) -> None:
     if not record["methods"] or not all(isinstance(name, str) for name in record["methods"]):
         raise ValueError(f"methods is {record['methods']!r} but must hold at least one method's name.")
     base_model, relation = record.get("base_model"), record.get("relation")
-    if base_model is not None and not (isinstance(base_model, str) and _HUB_ID.fullmatch(base_model)):
+    if base_model is not None and not (isinstance(base_model, str) and HUB_ID.fullmatch(base_model)):
         raise ValueError(f"base_model is {base_model!r} but must be a Hub id such as 'org/name'.")
     if relation is not None and (relation not in RELATIONS or base_model is None):
         raise ValueError(f"relation is {relation!r} but must be one of {', '.join(RELATIONS)}, beside a base_model.")
     for result in record["results"]:
         _check_result(result)
+    check_licence(record.get("license"))
 
 
 def _check_result(result: Any) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import get_logger, tqdm
 
+from .._fields import VERSION
 from ._cache import read_tensors, write_tensors
 from ._geometry import decoder, geometry, rotary_module, unwrapped
 from ._state import Step
@@ -85,7 +87,7 @@ class Calibration:
     @staticmethod
     def write(config: Any, folder: str | os.PathLike) -> None:
         tensors = {} if config.calibration is None else config.calibration.tensors
-        write_tensors(Path(folder) / SIDECAR, tensors, config.to_dict())
+        write_tensors(Path(folder) / SIDECAR, tensors, {VERSION: version("hfext"), **config.to_dict()})
 
     @staticmethod
     def read(cls: Any, folder: str | os.PathLike) -> Any:

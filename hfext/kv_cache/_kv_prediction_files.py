@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from .._fields import VERSION, explained
+
 RECORD, WEIGHTS, AUXILIARY = "kv_prediction.json", "kv_prediction.safetensors", "auxiliary"
 FACTS = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -37,7 +39,7 @@ def save(predictor: nn.Module, folder: Path) -> None:
         save_file({name: x.detach().contiguous() for name, x in maps.items()}, partial / WEIGHTS)
         predictor.aux.save_pretrained(partial / AUXILIARY)
         record = {
-            "hfext_version": importlib.metadata.version("hfext"),
+            VERSION: importlib.metadata.version("hfext"),
             "options": asdict(predictor.options),
             "base": facts(predictor.base),
         }
@@ -58,6 +60,13 @@ def load(kind: type, folder: Path, base: nn.Module, **kwargs: Any) -> Any:
         options, wanted = dict(record["options"]), dict(record["base"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no readable {RECORD}: not a KVPredictor, or a damaged one.") from error
+    with explained(record.get(VERSION)):
+        return _load(kind, folder, base, options, wanted, **kwargs)
+
+
+def _load(
+    kind: type, folder: Path, base: nn.Module, options: dict[str, Any], wanted: dict[str, Any], **kwargs: Any
+) -> Any:
     found = facts(base)
     for name in FACTS:
         if found[name] != wanted.get(name):

@@ -3,63 +3,18 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import huggingface_hub.constants as constants
 import pytest
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from offline_hub import OfflineHub
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import hfext
 from hfext import hub as api
 from hfext import recipe
-
-TOKEN = "hf_onlyForTests"
-PUSH = [
-    ("POST", "/api/repos/create"),
-    ("GET", "/api/models/user/thing"),
-    ("POST", "/api/validate-yaml"),
-    ("POST", "/preupload/"),
-    ("POST", "/info/lfs/objects/batch"),
-    ("PUT", "/lfs/"),
-    ("POST", "/commit/"),
-]
-FETCH = [
-    ("GET", "/api/models/user/thing"),
-    ("HEAD", "/resolve/"),
-    ("GET", "/resolve/"),
-    ("GET", "model.safetensors"),
-]
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with OfflineHub() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        yield hub
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A small artifact: one large file, three small ones."""
-    made = tmp_path / "thing"
-    made.mkdir()
-    save_file({"weight": torch.arange(300.0)}, made / "model.safetensors")
-    (made / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    api.save_record(made, ["bisam"], "org/base", "finetune", {"rho": 0.05})
-    return made
 
 
 def test_one_commit_holds_everything_and_a_card(server, folder):
@@ -77,7 +32,7 @@ def test_one_commit_holds_everything_and_a_card(server, folder):
 def test_the_card_of_a_model_names_its_repository(server, tiny_llama):
     hfext.push_to_hub(tiny_llama(), "user/shakespeare", methods=["sam"])
     card = server.files("user/shakespeare")["README.md"].decode()
-    assert "# shakespeare" in card and 'from_pretrained("shakespeare")' in card
+    assert "# shakespeare" in card and 'from_pretrained("user/shakespeare")' in card
     assert server.find("user/shakespeare", "main")["message"] == "Upload LlamaForCausalLM with hfext"
 
 
@@ -98,29 +53,6 @@ def test_branches_and_pull_requests_leave_main_alone(server, folder):
     assert done.pr_url.endswith("/discussions/1")
 
 
-@pytest.mark.parametrize("kind", ["drop", "drop_after", "500", "429", "401", "403", "404"])
-@pytest.mark.parametrize("request_", PUSH, ids=lambda r: r[1].strip("/").replace("/", "-"))
-def test_a_fault_at_any_request_leaves_the_old_or_the_new_state(server, folder, request_, kind):
-    (folder / "note.txt").write_text("old")
-    hfext.push_to_hub(folder, "user/thing")
-    old = server.files("user/thing")
-    (folder / "note.txt").write_text("new")
-    save_file({"weight": torch.arange(400.0)}, folder / "model.safetensors")
-    new = {**old, "note.txt": b"new", "model.safetensors": (folder / "model.safetensors").read_bytes()}
-    server.fail(*request_, kind)
-    try:
-        hfext.push_to_hub(folder, "user/thing")
-    except OSError as error:
-        assert "user/thing was not changed" in str(error) and "Call push_to_hub again" in str(error)
-        assert TOKEN not in str(error)
-        assert server.files("user/thing") == old
-    else:
-        assert server.files("user/thing") == new
-    server.faults.clear()
-    hfext.push_to_hub(folder, "user/thing")
-    assert server.files("user/thing") == new
-
-
 def test_a_repository_is_not_half_made(server, folder):
     server.fail("POST", "/api/repos/create", "403")
     with pytest.raises(OSError, match="was not changed"):
@@ -136,14 +68,6 @@ def test_when_nobody_can_say_what_happened_this_is_said(server, folder):
     with pytest.raises(OSError, match="may have been changed"):
         hfext.push_to_hub(folder, "user/thing")
     assert server.files("user/thing")["note.txt"] == b"new"
-
-
-@pytest.mark.parametrize("request_", [PUSH[3], PUSH[4], PUSH[5]], ids=["preupload", "batch", "upload"])
-@pytest.mark.parametrize("kind", ["500", "429", "drop"])
-def test_passing_faults_of_an_upload_are_retried(server, folder, request_, kind):
-    server.fail(*request_, kind, times=2)
-    hfext.push_to_hub(folder, "user/thing")
-    assert server.commits("user/thing") == 1
 
 
 def test_what_had_arrived_is_not_sent_again_after_a_failure(server, folder):
@@ -199,59 +123,6 @@ def test_quantised_weights_and_a_cache_name_their_methods_themselves(server, tin
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
-
-
-LOADS = """
-import torch, sys
-import hfext
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-ids = torch.arange(3, 9)[None]
-base = AutoModelForCausalLM.from_pretrained("user/base")
-found = {{"base": base(ids).logits}}
-found["adapter"] = PeftModel.from_pretrained(base, "user/adapter")(ids).logits
-compressed = AutoModelForCausalLM.from_pretrained("user/compressed")
-found["compressed"] = compressed(ids, use_cache=False).logits
-found["generated"] = compressed.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-torch.save({{name: x.detach() for name, x in found.items()}}, {path!r})
-"""
-
-
-def test_a_process_that_only_imports_hfext_gets_the_same_bits(server, tiny_llama, tmp_path):
-    """Model, adapter, and quantised weights with a calibrated cache."""
-    from peft import LoraConfig, get_peft_model
-
-    ids, saved = torch.arange(3, 9)[None], {}
-    with torch.no_grad():
-        model = tiny_llama()
-        hfext.push_to_hub(model, "user/base", methods=["frugal"])
-        saved["base"] = model(ids).logits
-        compressed = tiny_llama(seed=1)
-        hfext.quantization.quantize(compressed, hfext.quantization.RTNConfig(bits=3, group_size=16))
-        cache = hfext.RotateKVConfig(bits=4, residual_length=0)
-        cache = cache.calibrate(compressed, torch.randint(3, 100, (64,)))
-        hfext.kv_cache.apply(compressed, cache)
-        hfext.push_to_hub(compressed, "user/compressed")
-        assert json.loads(server.files("user/compressed")["hfext.json"])["methods"] == ["rtn", "rotatekv"]
-        saved["compressed"] = compressed(ids, use_cache=False).logits
-        saved["generated"] = compressed.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-        adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-        hfext.push_to_hub(adapter, "user/adapter", methods=["mezo"], base_model="user/base", relation="adapter")
-        assert b"AutoPeftModel" in server.files("user/adapter")["README.md"]
-        saved["adapter"] = adapter(ids).logits
-    path = str(tmp_path / "found.pt")
-    home = {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_ENDPOINT": server.url,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS.format(path=path)], env={**os.environ, **home}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(path)
-    assert set(found) == set(saved) and all(torch.equal(found[name], saved[name]) for name in saved)
 
 
 def test_a_result_of_a_method_and_a_store_of_ngrams(server):
@@ -314,6 +185,19 @@ def spoil(folder, what):
         path.write_bytes(bytes(data))
     elif what == "bytes behind":
         path.write_bytes(path.read_bytes() + b"payload")
+    elif what == "tensors overlap":
+        about = {"dtype": "F32", "shape": [2]}
+        spans = {"a": {**about, "data_offsets": [0, 8]}, "b": {**about, "data_offsets": [4, 12]}}
+        header = json.dumps(spans).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    elif what == "index leads out":
+        index = {"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif what == "shard missing":
+        index = {"metadata": {}, "weight_map": {"a": "model-00002-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif what == "index damaged":
+        (folder / "model.safetensors.index.json").write_text("[]")
 
 
 SPOILT = [
@@ -327,13 +211,17 @@ SPOILT = [
     "no header",
     "header is no JSON",
     "bytes behind",
+    "tensors overlap",
+    "index leads out",
+    "shard missing",
+    "index damaged",
 ]
 
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_what_must_not_be_published_is_refused_before_anything_is_sent(server, folder, what):
     spoil(folder, what)
-    with pytest.raises(api.Refused, match="pickle|link|damaged"):
+    with pytest.raises(api.Refused, match="pickle|link|damaged|leads out|not whole"):
         hfext.push_to_hub(folder, "user/thing")
     assert server.repos == {}
 
@@ -348,23 +236,6 @@ def test_the_state_of_a_training_stays_at_home(server, folder):
 
 
 # ---- fetching ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["drop", "500", "429", "404", "truncate", "garble"])
-@pytest.mark.parametrize("request_", FETCH, ids=["info", "head", "get", "weights"])
-def test_a_fault_in_a_download_ends_whole_or_with_an_error(server, folder, request_, kind):
-    hfext.push_to_hub(folder, "user/thing")
-    server.fail(*request_, kind)
-    try:
-        found = api.fetch("user/thing")
-    except (OSError, ValueError, RuntimeError) as error:
-        assert str(error) and TOKEN not in str(error)
-    else:
-        assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    server.faults.clear()
-    found = api.fetch("user/thing")
-    for name, data in server.files("user/thing").items():
-        assert (found / name).read_bytes() == data
 
 
 def test_damaged_bytes_of_the_right_length_are_found(server, folder):
@@ -386,7 +257,7 @@ def test_pickles_and_names_that_lead_out_are_not_fetched(server, folder):
     publish("data.json", b"\x80\x04.")
     with pytest.raises(api.Refused, match="data.json is a pickle"):
         api.fetch("user/thing")
-    for name in ("../evil.txt", "/etc/evil", "a\\b.txt"):
+    for name in ("../evil.txt", "/etc/evil", "a\\b.txt", "a/../../b.txt", "C:evil.txt", "a\0b"):
         publish(name, b"1")
         with pytest.raises(api.Refused, match="leads out of its folder"):
             api.fetch("user/thing")
@@ -398,3 +269,21 @@ def test_the_second_load_needs_no_line(server, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert os.path.isfile(os.path.join(snapshot_download("user/thing"), "model.safetensors"))
     shutil.rmtree(constants.HF_HUB_CACHE)
+
+
+@pytest.mark.parametrize(
+    "what", ["truncated", "header too long", "bytes behind", "tensors overlap", "index leads out"]
+)
+def test_what_somebody_else_tampered_with_is_not_fetched(server, folder, what):
+    """The hash is right, so it is the content that gives it away; the name is said and nothing stays in the cache."""
+    hfext.push_to_hub(folder, "user/thing")
+    spoil(folder, what)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    server.add("user/tampered", files)
+    for _ in range(2):
+        with pytest.raises(api.Refused, match=r"model\.safetensors.*(damaged|leads out)"):
+            api.fetch("user/tampered")
+    left = [
+        path.name for path in (Path(constants.HF_HUB_CACHE) / "models--user--tampered").rglob("model.safetensors*")
+    ]
+    assert "model.safetensors.index.json" not in left if "index" in what else left == []

@@ -146,5 +146,5 @@ def test_a_method_that_acts_after_training_tells_the_reader_to_import_hfext(tmp_
     tiny_gpt2().save_pretrained(tmp_path)
     hub.save_record(tmp_path, [record.name])
     text = hub.model_card(tmp_path).text
-    assert "import hfext  # registers" in text and "Import hfext before loading" in text
+    assert "import hfext  # registers" in text and "Without `import hfext` transformers loads" in text
     assert "a variant of the paper's method. It is smaller. Slow on CPU." in text

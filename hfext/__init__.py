@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import decoding, kv_cache, metrics, modules, optim, quantization, schedule, training, unlearning
+from . import attention, decoding, kv_cache, metrics, modules, optim, quantization, schedule, training, unlearning
 from .compression import CompressionConfig
 from .decoding import (
     ContextAwareLogitsProcessor,
@@ -28,6 +28,7 @@ __all__ = [
     "TopNSigmaLogitsProcessor",
     "UnlearningConfig",
     "UnlearningTrainer",
+    "attention",
     "decoding",
     "kv_cache",
     "metrics",

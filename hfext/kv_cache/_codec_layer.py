@@ -8,6 +8,8 @@ trace. A call may ask for some tokens alone (`wanted`); then only these are deco
 
 import math
 from abc import abstractmethod
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +87,7 @@ class CodecLayer(CompressedLayer):
         for side, new in (("key", keys), ("value", values)):
             recent = self.held.get(f"{side}_recent")
             recent = new if recent is None else torch.cat([recent, new], dim=2)
-            whole.append(self._whole(side, recent) if self.wanted is None else self._some(side, recent, self.wanted))
+            whole.append(self._given(side, recent) if self.wanted is None else self._some(side, recent, self.wanted))
             self.held[f"{side}_recent"] = recent
         self.seen += keys.shape[2]
         self.wanted = None
@@ -119,15 +121,35 @@ class CodecLayer(CompressedLayer):
         recent = self.held.get(f"{side}_recent")
         return self.seen - (0 if recent is None else recent.shape[2])
 
+    def grid(self, side: str) -> dict[str, Any] | None:
+        """How an attention kernel reads a side's `codes`, `scale` and `zero`: `bits`, `group` and `along`, as
+        `hfext_attention.PackedStates` has them. None when only `decode` can read them."""
+        return None
+
+    def _given(self, side: str, recent: Tensor) -> Tensor:
+        """A side for the attention: made whole, or as it is stored where a kernel reads that."""
+        count, codes = self.num_coded(side), self.coded(side)
+        grid = self.grid(side) if self.shared.attention == "hfext_triton" and count else None
+        if grid is None or torch.is_grad_enabled() or self.home is not None or not reads_codes(recent):
+            return self._whole(side, recent)
+        from hfext_attention import PackedStates
+
+        def whole() -> Tensor:
+            return self._decoded(side, recent, count, codes, reuse=False)
+
+        return PackedStates(recent, whole, codes["codes"], codes["scale"], codes["zero"], **grid)
+
     def _whole(self, side: str, recent: Tensor, reuse: bool = True) -> Tensor:
-        """Coded and recent tokens of a side, decoded piece by piece into memory that the next layer uses again."""
-        count = self.num_coded(side)
+        """Coded and recent tokens of a side."""
+        return self._decoded(side, recent, self.num_coded(side), self.coded(side), reuse)
+
+    def _decoded(self, side: str, recent: Tensor, count: int, codes: dict[str, Tensor], reuse: bool) -> Tensor:
+        """Tokens decoded piece by piece into memory that the next layer uses again, and the recent ones."""
         if count == 0:
             return recent
         batch, heads, new, dim = recent.shape
         shape = (batch, heads, count + new, dim)
         out = self.shared.scratch(side, shape, recent) if reuse else recent.new_empty(shape)
-        codes = self.coded(side)
         # Pieces that stay in a processor's cache; a multiple of every rate.
         unit = math.lcm(*self.rates.values()) if self.rates else 1
         piece = max(unit, PIECE // (batch * heads * dim) // unit * unit)
@@ -192,6 +214,15 @@ class CodecLayer(CompressedLayer):
         super().crop(tokens_to_remove)
         if self.record_past and self.is_initialized:
             self.code()
+
+
+def reads_codes(x: Tensor) -> bool:
+    """Whether attention to x would run in kernels that read codes."""
+    try:
+        from hfext_attention._launch import runs_kernel
+    except ImportError:
+        return False
+    return runs_kernel(x) and find_spec("triton") is not None
 
 
 def marked(marks: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ embedding, as the paper has it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -75,6 +75,10 @@ class KIVILayer(CodecLayer):
         return dequantize_packed_minmax(
             part["codes"], part["scale"], part["zero"], self.bits, self.group, width, dim, self.dtype
         )
+
+    def grid(self, side: str) -> dict[str, Any] | None:
+        along = "tokens" if side == "key" else "channels"
+        return None if self.bits == 16 else {"bits": self.bits, "group": self.group, "along": along}
 
 
 METHOD = Method(

@@ -1,6 +1,7 @@
-"""How a quantised layer multiplies on the CPU when no gradient is needed.
+"""How a quantised layer multiplies when no gradient is needed.
 
-- A few tokens in bfloat16: torch's kernel for 4-bit weights, which reads half a byte a weight. It computes
+- On a GPU: the Triton kernels of hfext_lowbit, which read packed codes, where they can be imported.
+- On a CPU, a few tokens in bfloat16: torch's kernel for 4-bit weights, which reads half a byte a weight. It computes
 
       y = x W^T,   W = s' (q - m) + z',   m = 2^(b-1),   s' = bf16(s),   z' = bf16(z + m s)
 
@@ -13,12 +14,13 @@
 - Else the weights are made in pieces that stay in the cache and multiplied. Where the processor cannot multiply
   bfloat16 this is done in fp32, three to six times faster and closer to exact arithmetic.
 
-The kernels need the codes in an order of their own: a copy that is made when it is first used. It is no part of the
-state dict, of pickles or of copies. It is thrown away when the layer is moved, filled or run with gradients, and made
-again when a tensor of the layer was replaced or changed in place; what is written through `.data` is not noticed.
+torch's kernels need the codes in an order of their own: a copy that is made when it is first used. It is no part of
+the state dict, of pickles or of copies. It is thrown away when the layer is moved, filled or run with gradients, and
+made again when a tensor of the layer was replaced or changed in place; what is written through `.data` is not noticed.
 Measured on AVX2 cores, the kernel is faster up to some 32 tokens.
 """
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
@@ -62,7 +64,8 @@ class Packed:
 
 def set_kernel(model: nn.Module, kernel: Literal["auto", "dequantize", "int4"] = "auto") -> int:
     """
-    Choose how quantised layers multiply on the CPU, in place. It is not saved.
+    Choose how quantised layers multiply, in place. It is not saved. On a GPU "dequantize" turns the kernels off, and
+    the other two are alike.
 
     Args:
         model (`nn.Module`): A model with layers that hfext has quantised.
@@ -98,6 +101,12 @@ def set_kernel(model: nn.Module, kernel: Literal["auto", "dequantize", "int4"] =
 
 def linear(layer: "QuantLinear", x: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + bias [..., out] without a gradient, for `x` [..., in] and `bias` of its type."""
+    # Triton's interpreter runs the same kernels on the CPU.
+    on_gpu = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if on_gpu and layer.packed.kernel != "dequantize" and x.dtype != torch.float64 and has_lowbit():
+        from hfext_lowbit import quantized_linear
+
+        return quantized_linear(x, layer.qweight, layer.scales, layer.zeros, layer.bits, layer.group_size, bias)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, layer.dequantized(x.dtype), bias)
     packed = packed_copy(layer, x)
@@ -108,6 +117,23 @@ def linear(layer: "QuantLinear", x: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype == torch.bfloat16 and not (cpu_multiplies_bf16() or torch.is_autocast_enabled("cpu")):
         return in_pieces(layer, x.float(), None if bias is None else bias.float()).to(x.dtype)
     return in_pieces(layer, x, bias)
+
+
+@torch.compiler.assume_constant_result
+def has_lowbit() -> bool:
+    """Whether the kernels for packed weights can be imported, tried once."""
+    return _has_lowbit()
+
+
+@lru_cache(maxsize=1)
+def _has_lowbit() -> bool:
+    try:
+        import hfext_lowbit  # noqa: F401
+        import triton  # noqa: F401
+    except ImportError as error:
+        logger.warning(f"Quantised weights are dequantised for every input, as their kernels are missing: {error}.")
+        return False
+    return True
 
 
 def in_pieces(layer: "QuantLinear", x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,472 @@
+"""Triton kernels of softmax attention. Imported only where one is launched, so that the package needs torch alone.
+
+One (batch, head) at a time, q [M, D], k [N, D], v [N, DV]:
+
+    s_ij = scale <q_i, k_j>;  s <- cap tanh(s / cap);  s <- s + bias_ij + slope (j - i - off)
+    P_ij = exp(s_ij) / Z_i over the visible keys,  Z_i = sum_j exp(s_ij) [+ exp(sink)],  o_i = sum_j P_ij v_j
+
+Query i sees the keys of one interval, lo_i <= j < hi_i: causal, sliding, chunked, packed and padded attention all are
+such intervals, and the tiles outside of it are never visited. `keys` masks single keys of a row of the batch, `mask`
+single pairs. Inside, scores are in units of log 2.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tanh(x):
+    """To the last bits of fp32: by exp where that loses none, by its series near 0, where 1 - exp(-2x) would."""
+    t = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - t) / (1.0 + t)
+    y = tl.where(x < 0, -y, y)
+    x2 = x * x
+    near = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, near, y)
+
+
+@triton.jit
+def _scores(
+    s, i, j0, cols, lo, hi, bias, bias_at, bias_n, mask, mask_at, mask_n, keys, softcap, slope, off, M, N,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, ALIBI: tl.constexpr,
+    BOUND: tl.constexpr,
+):  # fmt: skip
+    """Masked scores in units of log 2 from scale <q, k> (already in these units where nothing is added), and
+    tanh(s / cap). i, lo, hi and the rows' offsets have the shape of one side of the tile, cols that of the other."""
+    t = s
+    j = j0 + cols
+    if SOFTCAP:
+        t = _tanh(s / softcap)
+        s = softcap * t
+    inside = (i < M) & (j < N)
+    if BIAS:
+        at = bias + tl.cast(j0, tl.int64) * bias_n + (bias_at + cols * bias_n)
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if ALIBI:
+        s += slope * (j - i - off).to(tl.float32)
+    if SOFTCAP or BIAS or ALIBI:
+        s = s * LOG2E
+    if BOUND:
+        s = tl.where((j >= lo) & (j < hi), s, float("-inf"))
+    if KEYS:
+        s = tl.where(tl.load(keys + j, mask=j < N, other=0) != 0, s, float("-inf"))
+    if MASK:
+        at = mask + tl.cast(j0, tl.int64) * mask_n + (mask_at + cols * mask_n)
+        s = tl.where(tl.load(at, mask=inside, other=0) != 0, s, float("-inf"))
+    return s, t
+
+
+@triton.jit
+def _kept(seed, i, j, N, p_drop):
+    """1 / (1 - p) where a weight is kept, 0 where it is dropped: a function of the pair alone, whatever the tiles."""
+    return tl.where(tl.rand(seed, i * N + j) >= p_drop, 1.0 / (1.0 - p_drop), 0.0)
+
+
+@triton.jit
+def _rows(
+    base, first, rows, stride, d, stride_d, limit,
+    D: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows first + rows of a matrix [limit, D] as a tile; zeros outside. WHOLE says that all rows are inside.
+
+    Offsets in a tile are 32-bit numbers that do not change in a loop; the tile's own place is a 64-bit scalar."""
+    offsets = rows[:, None] * stride + d[None, :] * stride_d
+    base += tl.cast(first, tl.int64) * stride
+    if WHOLE and EVEN:
+        x = tl.load(base + offsets)
+    elif WHOLE:
+        x = tl.load(base + offsets, mask=d[None, :] < D, other=0.0)
+    elif EVEN:
+        x = tl.load(base + offsets, mask=first + rows[:, None] < limit, other=0.0)
+    else:
+        x = tl.load(base + offsets, mask=(first + rows[:, None] < limit) & (d[None, :] < D), other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _interval(lo, hi, rows, M, N, INTERVAL: tl.constexpr):
+    """Visible keys of some rows; a row that is none sees nothing."""
+    if INTERVAL:
+        first = tl.load(lo + rows, mask=rows < M, other=0)
+        last = tl.load(hi + rows, mask=rows < M, other=0)
+    else:
+        first = tl.zeros_like(rows)
+        last = tl.where(rows < M, N, 0)
+    return first, last
+
+
+@triton.jit
+def _tiles(lo, hi, rows, M, N, BN: tl.constexpr, SPLIT: tl.constexpr):
+    """Tiles of keys that rows with these intervals visit: [start, full_start) and [full_end, end) need a mask. Without
+    SPLIT all are masked, in one loop, which takes fewer registers than two."""
+    valid = rows < M
+    seen = valid & (hi > lo)
+    start = tl.min(tl.where(seen, lo, N)) // BN * BN
+    end = tl.max(tl.where(seen, hi, 0))
+    end = tl.maximum((end + BN - 1) // BN * BN, start)
+    full_start = (tl.max(tl.where(valid, lo, 0)) + BN - 1) // BN * BN
+    full_end = tl.min(tl.where(valid, hi, N)) // BN * BN
+    full_start = tl.minimum(tl.maximum(full_start, start), end)
+    full_end = tl.minimum(tl.maximum(full_end, full_start), end)
+    if not SPLIT:
+        full_start = start
+        full_end = start
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def _attend(
+    acc, l, m, q, k, v, j0, i, lo, hi, k_n, k_d, v_n, v_d, bias, bias_at, bias_n, mask, mask_at, mask_n, keys,
+    scale, softcap, slope, off, seed, p_drop, M, N,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr, BOUND: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of the online softmax."""
+    cols = tl.arange(0, BN)
+    kt = _rows(k, j0, cols, k_n, tl.arange(0, BD), k_d, N, D, D == BD, not BOUND, UPCAST)
+    s = tl.dot(q, tl.trans(kt), input_precision=PRECISION) * scale
+    s, _ = _scores(
+        s, i[:, None], j0, cols[None, :], lo[:, None], hi[:, None], bias, bias_at, bias_n, mask, mask_at, mask_n,
+        keys, softcap, slope, off,
+        M, N, SOFTCAP, BIAS, MASK, KEYS, ALIBI, BOUND,
+    )  # fmt: skip
+    new = tl.maximum(m, tl.max(s, 1))
+    if BOUND or KEYS or MASK:
+        base = tl.where(new == float("-inf"), 0.0, new)
+    else:
+        base = new
+    p = tl.exp2(s - base[:, None])
+    a = tl.exp2(m - base)
+    l = l * a + tl.sum(p, 1)
+    if DROPOUT:
+        p = p * _kept(seed, i[:, None], j0 + cols[None, :], N, p_drop)
+    vt = _rows(v, j0, cols, v_n, tl.arange(0, BDV), v_d, N, DV, DV == BDV, not BOUND, UPCAST)
+    acc = tl.dot(p.to(vt.dtype), vt, acc * a[:, None], input_precision=PRECISION)
+    return acc, l, new
+
+
+@triton.jit
+def attention_forward(
+    q, k, v, o, lse, lo, hi, keys, mask, bias, sink, slopes, seed_at,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, lo_b, keys_b, mask_b, mask_h, mask_m, mask_n,
+    bias_b, bias_h, bias_m, bias_n, H, G, M, N, off, scale, softcap, p_drop,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INTERVAL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr,
+    ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """o [B, M, H, DV] and lse [B, H, M] of one tile of queries; grid (tiles of M, B H)."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # later tiles see more keys: they go first
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    i0 = tile * BM
+    i = i0 + tl.arange(0, BM)
+    row_lo, row_hi = _interval(lo + b * lo_b, hi + b * lo_b, i, M, N, INTERVAL)
+    start, full_start, full_end, end = _tiles(row_lo, row_hi, i, M, N, BN, SPLIT)
+
+    qt = _rows(q + b * q_b + h * q_h, i0, tl.arange(0, BM), q_m, tl.arange(0, BD), q_d, M, D, D == BD, False, UPCAST)
+    k += b * k_b + (h // G) * k_h
+    v += b * v_b + (h // G) * v_h
+    keys += b * keys_b
+    mask += b * mask_b + h * mask_h + i0.to(tl.int64) * mask_m
+    bias += b * bias_b + h * bias_h + i0.to(tl.int64) * bias_m
+    mask_at = (tl.arange(0, BM) * mask_m)[:, None]
+    bias_at = (tl.arange(0, BM) * bias_m)[:, None]
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + h)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at) + bh
+    if not (SOFTCAP or BIAS or ALIBI):
+        scale = scale * LOG2E
+
+    acc = tl.zeros([BM, BDV], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    if SINK:
+        z = tl.load(sink + h).to(tl.float32) * LOG2E
+        m = tl.zeros([BM], tl.float32) + z
+        l += tl.where(z == float("-inf"), 0.0, 1.0)
+    if SPLIT:
+        for j0 in tl.range(full_start, full_end, BN):
+            acc, l, m = _attend(
+                acc, l, m, qt, k, v, j0, i, row_lo, row_hi, k_n, k_d, v_n, v_d, bias, bias_at, bias_n, mask, mask_at,
+                mask_n, keys,
+                scale, softcap, slope, off, seed, p_drop, M, N, D, DV, BD, BDV, BN, SOFTCAP, BIAS, MASK, KEYS, ALIBI,
+                DROPOUT, False, UPCAST, PRECISION,
+            )  # fmt: skip
+    left = full_start - start
+    for t in tl.range(0, left + end - full_end, BN):
+        if SPLIT:
+            j0 = tl.where(t < left, start + t, full_end + t - left)
+        else:
+            j0 = start + t
+        acc, l, m = _attend(
+            acc, l, m, qt, k, v, j0, i, row_lo, row_hi, k_n, k_d, v_n, v_d, bias, bias_at, bias_n, mask, mask_at,
+            mask_n, keys,
+            scale, softcap, slope, off, seed, p_drop, M, N, D, DV, BD, BDV, BN, SOFTCAP, BIAS, MASK, KEYS, ALIBI,
+            DROPOUT, True, UPCAST, PRECISION,
+        )  # fmt: skip
+
+    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    tl.store(lse + bh.to(tl.int64) * M + i, (m + tl.log2(l)) * LN2, mask=i < M)
+    dv = tl.arange(0, BDV)
+    at = o + ((b * M + i[:, None]) * H + h) * DV + dv[None, :]
+    tl.store(at, acc.to(o.dtype.element_ty), mask=(i[:, None] < M) & (dv[None, :] < DV))
+
+
+@triton.jit
+def attention_delta(
+    o, do, grad_lse, delta, do_b, do_m, do_h, do_d, H, M,
+    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, LSE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Delta_i = <do_i, o_i> - dlse_i [B, H, M]; o is [B, M, H, DV]. Grid (tiles of M, B H)."""
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    i0 = tl.program_id(0) * BM
+    rows, d = tl.arange(0, BM), tl.arange(0, BDV)
+    i = i0 + rows
+    x = _rows(o + b * M * H * DV + h * DV, i0, rows, H * DV, d, 1, M, DV, DV == BDV, False, True)
+    g = _rows(do + b * do_b + h * do_h, i0, rows, do_m, d, do_d, M, DV, DV == BDV, False, True)
+    total = tl.sum(x * g, 1)
+    if LSE:
+        total -= tl.load(grad_lse + bh.to(tl.int64) * M + i, mask=i < M, other=0.0)
+    tl.store(delta + bh.to(tl.int64) * M + i, total, mask=i < M)
+
+
+@triton.jit
+def _weights(s, lse):
+    """P from scores in units of log 2 and the log-sum-exp; 0 for rows that see nothing."""
+    return tl.exp2(s - tl.where(lse == float("-inf"), 0.0, lse) * LOG2E)
+
+
+@triton.jit
+def _query_step(
+    acc, q, do, lse, delta, k, v, j0, i, lo, hi, k_n, k_d, v_n, v_d, bias, bias_at, bias_n, mask, mask_at, mask_n,
+    keys,
+    scale, unit, softcap, slope, off, seed, p_drop, M, N,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr, BOUND: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BN)
+    kt = _rows(k, j0, cols, k_n, tl.arange(0, BD), k_d, N, D, D == BD, not BOUND, UPCAST)
+    vt = _rows(v, j0, cols, v_n, tl.arange(0, BDV), v_d, N, DV, DV == BDV, not BOUND, UPCAST)
+    s = tl.dot(q, tl.trans(kt), input_precision=PRECISION) * unit
+    s, t = _scores(
+        s, i[:, None], j0, cols[None, :], lo[:, None], hi[:, None], bias, bias_at, bias_n, mask, mask_at, mask_n,
+        keys, softcap, slope, off,
+        M, N, SOFTCAP, BIAS, MASK, KEYS, ALIBI, BOUND,
+    )  # fmt: skip
+    p = _weights(s, lse[:, None])
+    dp = tl.dot(do, tl.trans(vt), input_precision=PRECISION)
+    if DROPOUT:
+        dp = dp * _kept(seed, i[:, None], j0 + cols[None, :], N, p_drop)
+    ds = p * (dp - delta[:, None])
+    if SOFTCAP:
+        ds = ds * (1.0 - t * t)
+    return tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def attention_query_gradient(
+    q, k, v, do, lse, delta, dq, lo, hi, keys, mask, bias, slopes, seed_at,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, do_b, do_m, do_h, do_d, dq_b, dq_h, dq_m,
+    lo_b, keys_b, mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n,
+    H, G, M, N, off, scale, softcap, p_drop,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INTERVAL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries; grid (tiles of M, B H)."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    i0 = tile * BM
+    rows, d = tl.arange(0, BM), tl.arange(0, BD)
+    i = i0 + rows
+    row_lo, row_hi = _interval(lo + b * lo_b, hi + b * lo_b, i, M, N, INTERVAL)
+    start, full_start, full_end, end = _tiles(row_lo, row_hi, i, M, N, BN, SPLIT)
+
+    qt = _rows(q + b * q_b + h * q_h, i0, rows, q_m, d, q_d, M, D, D == BD, False, UPCAST)
+    g = _rows(do + b * do_b + h * do_h, i0, rows, do_m, tl.arange(0, BDV), do_d, M, DV, DV == BDV, False, UPCAST)
+    row_lse = tl.load(lse + bh.to(tl.int64) * M + i, mask=i < M, other=0.0)
+    row_delta = tl.load(delta + bh.to(tl.int64) * M + i, mask=i < M, other=0.0)
+    k += b * k_b + (h // G) * k_h
+    v += b * v_b + (h // G) * v_h
+    keys += b * keys_b
+    mask += b * mask_b + h * mask_h + i0.to(tl.int64) * mask_m
+    bias += b * bias_b + h * bias_h + i0.to(tl.int64) * bias_m
+    mask_at = (tl.arange(0, BM) * mask_m)[:, None]
+    bias_at = (tl.arange(0, BM) * bias_m)[:, None]
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + h)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at) + bh
+    unit = scale
+    if not (SOFTCAP or BIAS or ALIBI):
+        unit = scale * LOG2E
+
+    acc = tl.zeros([BM, BD], tl.float32)
+    if SPLIT:
+        for j0 in tl.range(full_start, full_end, BN):
+            acc = _query_step(
+                acc, qt, g, row_lse, row_delta, k, v, j0, i, row_lo, row_hi, k_n, k_d, v_n, v_d, bias, bias_at, bias_n,
+                mask, mask_at, mask_n, keys, scale, unit, softcap, slope, off, seed, p_drop, M, N, D, DV, BD, BDV,
+                BN, SOFTCAP,
+                BIAS, MASK, KEYS, ALIBI, DROPOUT, False, UPCAST, PRECISION,
+            )  # fmt: skip
+    left = full_start - start
+    for t in tl.range(0, left + end - full_end, BN):
+        if SPLIT:
+            j0 = tl.where(t < left, start + t, full_end + t - left)
+        else:
+            j0 = start + t
+        acc = _query_step(
+            acc, qt, g, row_lse, row_delta, k, v, j0, i, row_lo, row_hi, k_n, k_d, v_n, v_d, bias, bias_at, bias_n,
+            mask, mask_at, mask_n, keys, scale, unit, softcap, slope, off, seed, p_drop, M, N, D, DV, BD, BDV, BN,
+            SOFTCAP,
+            BIAS, MASK, KEYS, ALIBI, DROPOUT, True, UPCAST, PRECISION,
+        )  # fmt: skip
+    at = dq + b * dq_b + h * dq_h + i[:, None].to(tl.int64) * dq_m + d[None, :]
+    tl.store(at, (acc * scale).to(dq.dtype.element_ty), mask=(i[:, None] < M) & (d[None, :] < D))
+
+
+@triton.jit
+def attention_key_gradient(
+    q, k, v, do, lse, delta, dk, dv, lo, hi, q_first, q_last, keys, mask, bias, slopes, seed_at,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, do_b, do_m, do_h, do_d,
+    dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, lo_b, range_b, keys_b, mask_b, mask_h, mask_m, mask_n,
+    bias_b, bias_h, bias_m, bias_n, HK, G, M, N, off, scale, softcap, p_drop,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INTERVAL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_K: tl.constexpr, WITH_V: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, over the G heads and the queries that see it; grid (tiles of N, B HK).
+
+    Everything is transposed, [keys, queries], so that the weights enter their product without a change of layout. WITH_K and
+    WITH_V make only one of the two, for heads whose sums would not fit the registers together."""
+    tile = tl.program_id(0)
+    bh = tl.program_id(1)
+    b, hk = (bh // HK).to(tl.int64), (bh % HK).to(tl.int64)
+    j0 = tile * BN
+    cols, d, e = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    j = (j0 + cols)[:, None]
+    kt = _rows(k + b * k_b + hk * k_h, j0, cols, k_n, d, k_d, N, D, D == BD, False, UPCAST)
+    vt = _rows(v + b * v_b + hk * v_h, j0, cols, v_n, e, v_d, N, DV, DV == BDV, False, UPCAST)
+    lo += b * lo_b
+    hi += b * lo_b
+    keys += b * keys_b
+    first, last = 0, M
+    if INTERVAL:
+        first = tl.load(q_first + b * range_b + tile) // BM * BM
+        last = tl.load(q_last + b * range_b + tile)
+    unit = scale
+    if not (SOFTCAP or BIAS or ALIBI):
+        unit = scale * LOG2E
+
+    acc_k = tl.zeros([BN, BD], tl.float32)
+    acc_v = tl.zeros([BN, BDV], tl.float32)
+    for g in range(G):
+        h = hk * G + g
+        row = (b * HK * G + h) * M
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes + h)
+        seed = 0
+        if DROPOUT:
+            seed = tl.load(seed_at) + (b * HK * G + h).to(tl.int32)
+        for i0 in tl.range(first, last, BM):
+            rows = tl.arange(0, BM)
+            i = i0 + rows
+            qt = _rows(q + b * q_b + h * q_h, i0, rows, q_m, d, q_d, M, D, D == BD, False, UPCAST)
+            gt = _rows(do + b * do_b + h * do_h, i0, rows, do_m, e, do_d, M, DV, DV == BDV, False, UPCAST)
+            row_lse = tl.load(lse + row + i, mask=i < M, other=0.0)
+            row_delta = tl.load(delta + row + i, mask=i < M, other=0.0)
+            row_lo, row_hi = _interval(lo, hi, i, M, N, INTERVAL)
+            s = tl.dot(kt, tl.trans(qt), input_precision=PRECISION) * unit
+            s, t = _scores(
+                s, i[None, :], j0, cols[:, None], row_lo[None, :], row_hi[None, :],
+                bias + b * bias_b + h * bias_h + tl.cast(i0, tl.int64) * bias_m, (rows * bias_m)[None, :], bias_n,
+                mask + b * mask_b + h * mask_h + tl.cast(i0, tl.int64) * mask_m, (rows * mask_m)[None, :], mask_n,
+                keys,
+                softcap, slope, off, M, N, SOFTCAP, BIAS, MASK, KEYS, ALIBI, INTERVAL,
+            )  # fmt: skip
+            p = _weights(s, row_lse[None, :])
+            keep = 1.0
+            if DROPOUT:
+                keep = _kept(seed, i[None, :], j, N, p_drop)
+            if WITH_V:
+                acc_v = tl.dot((p * keep).to(gt.dtype), gt, acc_v, input_precision=PRECISION)
+            if WITH_K:
+                dp = tl.dot(vt, tl.trans(gt), input_precision=PRECISION) * keep
+                ds = p * (dp - row_delta[None, :])
+                if SOFTCAP:
+                    ds = ds * (1.0 - t * t)
+                acc_k = tl.dot(ds.to(qt.dtype), qt, acc_k, input_precision=PRECISION)
+    if WITH_K:
+        at = dk + b * dk_b + hk * dk_h + j.to(tl.int64) * dk_n + d[None, :]
+        tl.store(at, (acc_k * scale).to(dk.dtype.element_ty), mask=(j < N) & (d[None, :] < D))
+    if WITH_V:
+        at = dv + b * dv_b + hk * dv_h + j.to(tl.int64) * dv_n + e[None, :]
+        tl.store(at, acc_v.to(dv.dtype.element_ty), mask=(j < N) & (e[None, :] < DV))
+
+
+@triton.jit
+def attention_bias_gradient(
+    q, k, v, do, lse, delta, db, lo, hi, keys, mask, bias, slopes, seed_at,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, do_b, do_m, do_h, do_d,
+    lo_b, keys_b, mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n,
+    B, H, BB, HB, G, M, N, off, scale, softcap, p_drop,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INTERVAL: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the bias' gradient [BB, HB, M, N], summed over the batch and heads that share it, in their order;
+    grid (tiles of M x N, BB HB)."""
+    tiles = (N + BN - 1) // BN
+    i0 = tl.program_id(0) // tiles * BM
+    j0 = tl.program_id(0) % tiles * BN
+    own = tl.program_id(1)
+    rows, cols, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    i, j = i0 + rows, (j0 + cols)[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for index in range((B // BB) * (H // HB)):
+        b = (own // HB + index // (H // HB) * (BB != B).to(tl.int32)).to(tl.int64)
+        h = (own % HB + index % (H // HB) * (HB != H).to(tl.int32)).to(tl.int64)
+        row = (b * H + h) * M
+        row_lo, row_hi = _interval(lo + b * lo_b, hi + b * lo_b, i, M, N, INTERVAL)
+        qt = _rows(q + b * q_b + h * q_h, i0, rows, q_m, d, q_d, M, D, D == BD, False, UPCAST)
+        gt = _rows(do + b * do_b + h * do_h, i0, rows, do_m, e, do_d, M, DV, DV == BDV, False, UPCAST)
+        kt = _rows(k + b * k_b + (h // G) * k_h, j0, cols, k_n, d, k_d, N, D, D == BD, False, UPCAST)
+        vt = _rows(v + b * v_b + (h // G) * v_h, j0, cols, v_n, e, v_d, N, DV, DV == BDV, False, UPCAST)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes + h)
+        s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * scale
+        s, t = _scores(
+            s, i[:, None], j0, cols[None, :], row_lo[:, None], row_hi[:, None],
+            bias + b * bias_b + h * bias_h + i0.to(tl.int64) * bias_m, (rows * bias_m)[:, None], bias_n,
+            mask + b * mask_b + h * mask_h + i0.to(tl.int64) * mask_m, (rows * mask_m)[:, None], mask_n,
+            keys + b * keys_b,
+            softcap, slope, off, M, N, SOFTCAP, True, MASK, KEYS, ALIBI, True,
+        )  # fmt: skip
+        p = _weights(s, tl.load(lse + row + i, mask=i < M, other=0.0)[:, None])
+        dp = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
+        if DROPOUT:
+            seed = tl.load(seed_at) + (b * H + h).to(tl.int32)
+            dp = dp * _kept(seed, i[:, None], j, N, p_drop)
+        # The bias is added behind the soft cap, so the cap's derivative is not in its gradient.
+        acc += p * (dp - tl.load(delta + row + i, mask=i < M, other=0.0)[:, None])
+    at = db + (own.to(tl.int64) * M + i[:, None]) * N + j
+    tl.store(at, acc, mask=(i[:, None] < M) & (j < N))

@@ -11,6 +11,7 @@ FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning
 pattern is an interval of keys for each query; modifiers and their gradients; two backward kernels instead of atomics.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -122,11 +123,21 @@ def visible(
         found["mask" if attention_mask.dtype == torch.bool else "bias"] = attention_mask
     elif m > 1 and (says_causal(module) if is_causal is None else is_causal):
         # As transformers means it: keys behind the queries are places of a static cache that are not written yet.
-        from hfext_attention import intervals
-
         found["length"] = min(m, n)
-        found["lo"], found["hi"] = intervals(m, min(m, n), 0, True, sliding_window, query.device)
+        make = causal if torch.compiler.is_compiling() else _kept
+        found["lo"], found["hi"] = make(m, min(m, n), sliding_window, query.device)
     return found
+
+
+def causal(m: int, n: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """lo and hi of causal attention whose first query stands at the first key."""
+    from hfext_attention import intervals
+
+    with torch.inference_mode(False):  # they are saved for backward by whoever asks next
+        return intervals(m, n, 0, True, window, device)
+
+
+_kept = lru_cache(maxsize=64)(causal)  # the layers of a model ask for the same ones
 
 
 def refuse(cache: Any, kwargs: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What is compiled for Hopper: the shapes and modifiers that models use, with the shipped launch parameters."""
 
-from hfext_attention import _decode, _kernels
+from hfext_attention import _decode, _kernels, _packed_kernels
 from hfext_attention._launch import _nearest
 
 POINTERS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
@@ -71,3 +71,33 @@ def cases():
         yield case("decode", _decode.attention_decode, "16 bit", D, KEYS=True)
     yield case("decode", _decode.attention_decode, "16 bit", 128, SOFTCAP=True, BIAS=True)
     yield case("decode", _decode.attention_decode, "float32", 128)
+    for bits in (2, 3, 4, 8):
+        yield packed(bits, bits, 128)
+    yield packed(4, 4, 256)
+    yield packed(2, 16, 128, ALIGNED=False)
+    yield packed(16, 4, 128, SOFTCAP=True, KEYS=True)
+
+
+def packed(kbits, vbits, D, **flags):
+    kernel = _packed_kernels.attention_packed
+    key = {"dtype": "16 bit", "D": D}
+    setting = dict(_nearest("packed", "cpu", tuple(sorted(key.items()))))
+    options = {name: setting.pop(name) for name in ("num_warps", "num_stages")}
+    stored = {side: "*bf16" if bits == 16 else "*u8" for side, bits in (("k", kbits), ("v", vbits))}
+    grids = {f"{side}_{name}": "*fp16" for side in "kv" for name in ("scale", "minimum")}
+    constants = {
+        **setting, "D": D, "BD": D, "BR": 16, "KBITS": kbits, "VBITS": vbits, "KGROUP": 32, "VGROUP": 32,
+        "KTOKENS": True, "VTOKENS": False, "ALIGNED": True, "INTERVAL": True, "SOFTCAP": False, "KEYS": False,
+        "UPCAST": False, "PRECISION": "ieee", "q_d": 1, **flags,
+    }  # fmt: skip
+    return {
+        "name": f"packed keys {kbits} values {vbits} D{D} {' '.join(flags)}".strip(),
+        "kernel": kernel,
+        "types": {
+            "q": "*bf16", "o": "*fp32", "lse": "*fp32", "lo": "*i32", "hi": "*i32", "keys": "*u8", "scale": "fp32",
+            "softcap": "fp32", **stored, **grids,
+        },
+        "constexprs": constants,
+        "divisible": ("q_b", "q_h", "q_m", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n", "ks_b", "ks_h", "vs_b"),
+        "options": options,
+    }  # fmt: skip

@@ -152,3 +152,40 @@ def test_slopes_count_from_the_last_key():
 def test_bad_calls(call, error, words):
     with pytest.raises(error, match=words):
         call(torch.randn(5, 2, 16), torch.tensor([0, 2, 5], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "rows, coded_keys, coded_values, N, D, group", [(1, 32, 20, 40, 32, 32), (19, 16, 24, 30, 24, 8)]
+)
+def test_stored_codes_are_attended_to_as_the_whole_tensors(bits, rows, coded_keys, coded_values, N, D, group):
+    from hfext_attention import PackedStates, packed_attention
+    from hfext_attention._launch import launches
+
+    def stored(x, coded, along):
+        """Codes by hand: the first of a byte in its lowest bits, three bits as two planes."""
+        B, HK, _, D = x.shape
+        codes = torch.randint(0, 2**bits, (B, coded, HK, D), device=DEVICE)
+        shape = (B, coded // group, HK, D) if along == "tokens" else (B, coded, HK, D // group)
+        scale, minimum = torch.rand(shape, device=DEVICE).half(), torch.randn(shape, device=DEVICE).half()
+        wide = [t.repeat_interleave(group, 1 if along == "tokens" else 3).float() for t in (scale, minimum)]
+        made = (codes * wide[0] + wide[1]).transpose(1, 2)
+        whole = torch.cat([made, x[:, :, coded:]], 2)
+        planes = [(codes & 3, 2), (codes >> 2, 1)] if bits == 3 else [(codes, bits)]
+        data = []
+        for plane, width in planes:
+            fields = plane.unflatten(-1, (-1, 8 // width)) << (width * torch.arange(8 // width, device=DEVICE))
+            data.append(fields.sum(-1))
+        packed = torch.cat(data, -1).to(torch.uint8)
+        return whole, PackedStates(x[:, :, coded:], lambda: whole, packed, scale, minimum, bits, group, along)
+
+    q, k, v = draw(2, 4, rows, D), draw(2, 2, N, D), draw(2, 2, N, D)
+    (whole_k, packed_k), (whole_v, packed_v) = stored(k, coded_keys, "tokens"), stored(v, coded_values, "channels")
+    lo, hi = intervals(rows, N, N - rows, True, device=DEVICE)
+    kw = dict(keys=torch.rand(2, N, device=DEVICE) > 0.2, sink=draw(4), softcap=2.0, return_lse=True)
+    before = launches["attention_packed"]
+    with torch.no_grad():
+        out, lse = packed_attention(q, packed_k, packed_v, lo=lo, hi=hi, **kw)
+        expected, other = attention(q, whole_k, whole_v, lo=lo, hi=hi, **kw)
+    assert launches["attention_packed"] == before + 3
+    assert (out - expected).abs().max() <= 2e-6 and (lse - other).abs().max() <= 2e-6

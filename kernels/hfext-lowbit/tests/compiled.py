@@ -5,14 +5,19 @@ ALIGNED = ("N", "K", "WIDTH", "stride_m", "stride_n", "stride_q")
 
 
 def case(name, kernel, dtype, constants, warps, stages, wgmma, registers, out=None):
-    """One row: name, kernel, signature, constexprs, options, checks. Aligned arguments are multiples of 16."""
+    """One row. Aligned arguments are multiples of 16."""
     types = {"x": dtype, "dy": dtype, "bias": dtype, "out": out or dtype, "qweight": "*u8", "parts": "*fp32"}
     types.update(scales="*fp16", zeros="*fp16")
-    names = list(kernel.arg_names)
-    signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in names}
-    aligned = [arg for arg in names if arg in types or arg in ALIGNED and arg not in constants]
-    checks = {"registers": registers, "wgmma": wgmma, "aligned": aligned}
-    return name, kernel, signature, constants, {"num_warps": warps, "num_stages": stages}, checks
+    names = [arg for arg in kernel.arg_names if arg not in constants]
+    return {
+        "name": name,
+        "kernel": kernel,
+        "types": {arg: types[arg] for arg in names if arg in types},
+        "constexprs": constants,
+        "divisible": ALIGNED,
+        "options": {"num_warps": warps, "num_stages": stages},
+        "limits": {"registers": registers, "wgmma": wgmma},
+    }
 
 
 def cases():

@@ -80,7 +80,7 @@ def attention_packed(
     i = tl.where(valid, r % M, M)
     h = hk * G + tl.where(valid, r // M, 0)
     row_lo, row_hi = _interval(lo + b * lo_b, hi + b * lo_b, i, M, N, INTERVAL)
-    start, _, _, end = _tiles(row_lo, row_hi, i, M, N, BN, False)
+    start, _full_start, _full_end, end = _tiles(row_lo, row_hi, i, M, N, BN, False)
     begin = first + part * chunk
     # Tiles count from the part's first token.
     start = begin + tl.maximum(start - begin, 0) // BN * BN
@@ -117,7 +117,7 @@ def attention_packed(
             kt += _grid(k_minimum, j0, j, ks_n, stop, KGROUP, KTOKENS, ALIGNED, D, BD, BN)
             kt = kt.to(qt.dtype)
         s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * scale
-        s, _ = _scores(
+        s, _tanh = _scores(
             s, i[:, None], j0, cols[None, :], row_lo[:, None], tl.minimum(row_hi, end)[:, None], q, 0, 0, q, 0, 0,
             keys, softcap, 0.0, 0, M, N, SOFTCAP, False, False, KEYS, False, True,
         )  # fmt: skip

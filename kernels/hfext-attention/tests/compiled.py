@@ -31,7 +31,8 @@ def case(op, kernel, dtype, D, INTERVAL=True, registers=255, **flags):
     constants = {
         **PLAIN, **flags, **setting, "INTERVAL": INTERVAL, "D": D, "DV": D, "BD": wide, "BDV": wide,
         "PRECISION": "ieee", "BR": 16, "SPLIT": setting.get("SPLIT", True),
-        "WITH_K": True, "WITH_V": not setting.pop("APART", False), "q_d": 1, "k_d": 1, "v_d": 1, "do_d": 1, "bias_n": 1, "mask_n": 1,
+        "WITH_K": True, "WITH_V": not setting.pop("APART", False), "q_d": 1, "k_d": 1, "v_d": 1, "do_d": 1,
+        "bias_n": 1, "mask_n": 1, **flags,
     }  # fmt: skip
     names = [name for name, on in flags.items() if on]
     return {
@@ -61,6 +62,7 @@ def cases():
         yield case(op, kernel, "16 bit", 256, SOFTCAP=True)
         yield case(op, kernel, "16 bit", 128, DROPOUT=True)
         yield case(op, kernel, "float32", 64)
+    yield case("key_gradient", key, "16 bit", 256, WITH_K=False, WITH_V=True)  # the other half of the one above
     yield case("forward", forward, "16 bit", 64, SINK=True, KEYS=True)
     yield case("forward", forward, "16 bit", 128, MASK=True)
     yield case("forward", forward, "16 bit", 128, ALIBI=True)

@@ -167,7 +167,8 @@ def test_stored_codes_are_attended_to_as_the_whole_tensors(bits, rows, coded_key
         B, HK, _, D = x.shape
         codes = torch.randint(0, 2**bits, (B, coded, HK, D), device=DEVICE)
         shape = (B, coded // group, HK, D) if along == "tokens" else (B, coded, HK, D // group)
-        scale, minimum = torch.rand(shape, device=DEVICE).half(), torch.randn(shape, device=DEVICE).half()
+        scale = (torch.rand(shape, device=DEVICE) / 2**bits).half()
+        minimum = torch.randn(shape, device=DEVICE).half()
         wide = [t.repeat_interleave(group, 1 if along == "tokens" else 3).float() for t in (scale, minimum)]
         made = (codes * wide[0] + wide[1]).transpose(1, 2)
         whole = torch.cat([made, x[:, :, coded:]], 2)

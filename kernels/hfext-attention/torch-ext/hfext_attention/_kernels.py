@@ -354,8 +354,8 @@ def attention_key_gradient(
 ):  # fmt: skip
     """dk and dv of one tile of keys, over the G heads and the queries that see it; grid (tiles of N, B HK).
 
-    Everything is transposed, [keys, queries], so that the weights enter their product without a change of layout. WITH_K and
-    WITH_V make only one of the two, for heads whose sums would not fit the registers together."""
+    Everything is transposed, [keys, queries], so that the weights enter their product without a change of layout.
+    WITH_K and WITH_V make only one of the two, for heads whose sums would not fit the registers together."""
     tile = tl.program_id(0)
     bh = tl.program_id(1)
     b, hk = (bh // HK).to(tl.int64), (bh % HK).to(tl.int64)

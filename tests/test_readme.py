@@ -1,3 +1,5 @@
+import ast
+import importlib.util
 import re
 import sys
 import types
@@ -8,6 +10,7 @@ import torch
 
 import hfext
 from hfext import recipe, registry
+from hfext.cli._site_pages import labelled_blocks, section, title_of
 from hfext.cli.docs import render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +20,46 @@ README = ROOT / "README.md"
 def _python(path, number=0):
     """A Python example of a Markdown file, the first by default."""
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)[number]
+
+
+def _stories():
+    spec = importlib.util.spec_from_file_location("five_lines", ROOT / "tests" / "hub" / "test_five_lines.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.STORIES
+
+
+def test_the_stories_are_those_that_are_tested_and_nothing_else_is_shown():
+    text, stories = README.read_text(), _stories()
+    share = section(text, "## Share")
+    imports, *shown = labelled_blocks(share)
+    assert [(title_of(label).lower(), code.strip()) for label, code in shown] == [
+        (kind.lower(), code.strip()) for kind, code in stories.items()
+    ]
+    names = {}
+    exec(compile(imports[1], "README.md", "exec"), names)
+    trees = [ast.walk(ast.parse(code)) for code in stories.values()]
+    used = {node.id for tree in trees for node in tree if isinstance(node, ast.Name)}
+    assert {name for name in used if name[0].isupper() or name in ("hfext", "sys", "get_peft_model")} <= set(names)
+    # The blocks before have a test each, below.
+    assert len(re.findall(r"^```python$", text, re.M)) == 6 + 1 + len(stories)
+    assert len(labelled_blocks(text.partition("\n## ")[0])) == 6
+
+
+def test_the_commands_exist():
+    make = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M)
+    for path in (README, ROOT / "recipes" / "README.md", ROOT / "CONTRIBUTING.md"):
+        text = path.read_text()
+        assert set(re.findall(r"\bmake (test-all|\w+)(?=`|\s+#)", text)) <= set(make)
+        for command, name in re.findall(r"hfext (run|bench|show|verify) ((?!out/)[a-z][a-z0-9_/-]*(?:\.yaml)?)", text):
+            if name.endswith("/"):  # of a form, such as optim/NAME
+                assert (ROOT / "recipes" / name).is_dir()
+            elif command == "run":
+                recipe.load(name)
+            elif command == "bench":
+                recipe.load(f"bench/{name}")
+            elif name not in ("sign_ascent",):
+                registry.get(name)
 
 
 def test_generated_parts_are_up_to_date():

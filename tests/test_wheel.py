@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,9 @@ def test_the_installed_wheel_works_outside_the_checkout(tmp_path):
 
     listed = json.loads(_run(packages.parents[2] / "bin" / "hfext", "list", "--json", cwd=tmp_path, env=environment))
     assert listed
+    if find_spec("material"):
+        site = tmp_path / "site"
+        _run(packages.parents[2] / "bin" / "hfext", "docs", "--site", site, cwd=tmp_path, env=environment)
+        pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+        assert {f"methods/{m['family']}/{m['name']}.html" for m in listed} <= pages
+        assert "five lines" in (site / "index.html").read_text() and any((site / "plots").iterdir())

@@ -1,4 +1,4 @@
-"""`hfext docs`: the generated parts of the README, from the method records and the recorded results."""
+"""`hfext docs`: the generated parts of the README, and the site, from the method records and the recorded results."""
 
 import json
 from collections.abc import Callable
@@ -8,16 +8,30 @@ from typing import Annotated, Any
 import typer
 
 from .. import recipe, registry
-from ._output import place, spread, table
+from ._output import place, spread, table, user_errors
+from ._site import build
 
 # Longer tables stay in the JSON file, so that the README remains short.
 MOST_ROWS = 10
+SITE = Path("build", "docs")
 
 
 def docs(
+    context: typer.Context,
     check: Annotated[bool, typer.Option(help="Write nothing; exit status 1 when the README is stale.")] = False,
+    site: Annotated[bool, typer.Option("--site", help="Write the whole documentation as a static site.")] = False,
+    folder: Annotated[Path | None, typer.Argument(help="Where the site goes; build/docs by default.")] = None,
 ) -> None:
-    """Regenerate the method table and the results of the README."""
+    """Regenerate the method table and the results of the README, or write the site."""
+    with user_errors(ImportError, ValueError, OSError):
+        if site and check:
+            raise ValueError("--check looks at the README and --site writes the site: take one of them.")
+        if folder is not None and not site:
+            raise ValueError(f"{folder} is named but only --site writes to a folder.")
+        if site:
+            folder = folder or SITE
+            typer.echo(f"{build(folder, context.find_root().command)} pages: open {folder / 'index.html'}.")
+            return
     root = recipe.checkout()
     if root is None:
         typer.echo("hfext: the README is generated in a checkout; this is an installed package.", err=True)

@@ -23,12 +23,15 @@ CACHES = {
 }
 
 
+def long_prompt() -> str:
+    return FILLER.strip() + 7 * FILLER + NEEDLE + 8 * FILLER + QUESTION
+
+
 def cache(state: "State") -> None:
     c = state.config
     model, tokenizer = load_language_model(c)
     model.eval()
-    text = FILLER.strip() + 7 * FILLER + NEEDLE + 8 * FILLER + QUESTION
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    inputs = tokenizer(long_prompt(), return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
     start = inputs["input_ids"].shape[1]
     rows, plain = [], 0
     for name, config in {"plain": None, **CACHES}.items():

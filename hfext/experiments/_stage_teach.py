@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from .. import hub
 from . import _smollm2
 from ._facts import Fact, answer_nll, answers, collate, example, make_facts, recalled
 from ._plots import lines
+from ._publishing import save_card
 from ._quiet_trainer import train
 
 if TYPE_CHECKING:
@@ -115,6 +117,11 @@ def load_language_model(config: "Config") -> tuple[PreTrainedModel, PreTrainedTo
     return model, AutoTokenizer.from_pretrained(config.model)
 
 
+def check_model(model: str) -> None:
+    if model != "smollm2" and not Path(model, "config.json").is_file():
+        raise ValueError(f"model is {model!r} but must be 'smollm2' or the folder of a saved model.")
+
+
 def add_lora(model: PreTrainedModel, config: "Config") -> PreTrainedModel:
     from peft import LoraConfig, get_peft_model
 
@@ -170,7 +177,7 @@ def save_adapter(
             for metric, value, split, setting in results
         ],
     )
-    hub.model_card(folder).save(folder / "README.md")
+    save_card(folder)
     return name
 
 

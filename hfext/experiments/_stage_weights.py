@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from .. import hub, quantization
 from . import _smollm2
+from ._publishing import save_card
 from ._stage_teach import load_language_model, short
 from .weight_quality import packed_bytes, window_nll
 
@@ -59,7 +60,7 @@ def weights(state: "State") -> None:
             }
         ],
     )
-    hub.model_card(folder).save(folder / "README.md")
+    save_card(folder)
     parameter = next(p for name, p in again.named_parameters() if "norm" in name)
     state.tables[f"weights: reload at 3 bits, quantised by decoupleQ in {seconds:.0f} s"] = [
         {"model": "original", "MB of the layers": half * parameter.element_size() / 2 / 1e6, **before},

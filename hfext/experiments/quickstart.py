@@ -25,11 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
 from ._facts import Fact, make_facts
+from ._publishing import check_repo_id, publish
 from ._stage_cache import cache
 from ._stage_decode import decode
 from ._stage_forget import forget
 from ._stage_noise import noise
-from ._stage_teach import teach
+from ._stage_teach import check_model, teach
 from ._stage_weights import weights
 
 
@@ -58,6 +59,8 @@ class Config:
         cache_tokens: Length of the answers behind the long prompt.
         weights_rows, weights_windows: Rows of 256 tokens to calibrate the quantised weights on, and to judge them by.
         weights_tokens: Length of the answer of the quantised model.
+        publish_to: User or organisation to push the artifacts to, each with its card to a private repository of the
+            Hub that HF_ENDPOINT names; by default nothing is sent.
     """
 
     stages: list[str] = field(default_factory=lambda: ["teach", "forget", "noise", "decode", "cache", "weights"])
@@ -101,6 +104,8 @@ class Config:
     weights_windows: int = 8
     weights_tokens: int = 24
 
+    publish_to: str | None = None
+
     def __post_init__(self):
         for name, values, known in (
             ("stages", self.stages, list(STAGES)),
@@ -111,8 +116,9 @@ class Config:
             for value in values:
                 if value not in known:
                     raise ValueError(f"{name}: there is no {value!r}. {registry.suggest(value, known)}")
-        if self.model != "smollm2" and not Path(self.model, "config.json").is_file():
-            raise ValueError(f"model is {self.model!r} but must be 'smollm2' or the folder of a saved model.")
+        check_model(self.model)
+        if self.publish_to is not None:
+            check_repo_id("publish_to, with a name behind it,", f"{self.publish_to}/name")
         positive = ["shown", "lora_rank", "teach_epochs", "teach_batch_size", "teach_learning_rate", "noise_layers"]
         positive += ["forget_epochs", "forget_batch_size", "forget_learning_rate"]
         positive += ["noise_epochs", "noise_batch_size", "noise_learning_rate"]
@@ -170,6 +176,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         for name in config.stages:
             STAGES[name](state)
         used = torch.get_num_threads()
+    if config.publish_to is not None:
+        made = [name for name in state.artifacts if (out / name).is_dir()]
+        pushed = [publish(out / name, f"{config.publish_to}/{name}", private=True) for name in made]
+        state.tables["publish: one commit an artifact"] = pushed
     return {"tables": state.tables, "artifacts": state.artifacts, "threads": used}
 
 

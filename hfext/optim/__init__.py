@@ -10,6 +10,7 @@ How to choose:
 | fewer perturbed weights | `sam_on` | 2, less with `freeze_others` | there are no normalisation layers |
 | SAM at the speed of plain training, on pairs of processes | `sampa` | 2 side by side | the model is sharded |
 | radius and learning rate that hold at any width | `mup_sam` | 2 | there is no smaller base model |
+| learning rates that hold at any width | `mup` | those of its optimizer | there is no smaller base model |
 | a surrogate for offline optimisation | `ignite` | 3 | you want a classifier |
 | a quarter of AdamW's state at about its loss | `frugal` | 1 | weights are sharded (FSDP) |
 | fewer updates to a loss, in large batches | `soap` | 1 | memory is short: factors of each side; FSDP |

@@ -11,6 +11,10 @@ How to choose:
 | a prompt still answered elsewhere | `prompt_decouple` | there is no such prompt |
 | a topic out of the inner states | `rmu` | answers must be those of a model that never knew |
 | seconds, and no training | `ssd`, `antidote`, `rocr`, `rece` | guarantees are wanted |
+| baselines of papers | `grad_ascent` `grad_diff` `kl_min` `loss_norm` `dmm` `l1_sparse` `task_vector` | in earnest |
+| fewer weights first, then any objective | `prune_then_unlearn` | the model is to keep its size |
+| a concept's own directions out | `concept_vectors` | rows are to be forgotten, not a concept |
+| to try whether it holds | `relearning`, `ununlearning`, `worst_case` | |
 | proof that a row left no trace | `s3t`, or `dp2` within epsilon | training has already happened |
 
 Read forgetting, utility, privacy (`evaluate`) and relearning (`relearning`) together, never one alone.

@@ -139,8 +139,8 @@ def backward(
         launch(
             _kernels.attention_key_gradient, (-(-N // setting["BN"]), B * HK),
             q, k, v, do, lse, delta, dk, dv, _or(lo, q), _or(hi, q), first, last, *pointers, *strides,
-            *dk.stride()[:3], *dv.stride()[:3], _row_stride(lo), _row_stride(None if lo is None else first), *masks, HK, H // HK,
-            *sizes, **flags, BIAS=bias is not None, **{"WITH_K": True, "WITH_V": True, **made}, **setting,
+            *dk.stride()[:3], *dv.stride()[:3], _row_stride(lo), _row_stride(None if lo is None else first), *masks,
+            HK, H // HK, *sizes, **flags, BIAS=bias is not None, **{"WITH_K": True, "WITH_V": True, **made}, **setting,
         )  # fmt: skip
 
     if with_bias:

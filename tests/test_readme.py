@@ -42,8 +42,8 @@ def test_the_stories_are_those_that_are_tested_and_nothing_else_is_shown():
     used = {node.id for tree in trees for node in tree if isinstance(node, ast.Name)}
     assert {name for name in used if name[0].isupper() or name in ("hfext", "sys", "get_peft_model")} <= set(names)
     # The blocks before have a test each, below.
-    assert len(re.findall(r"^```python$", text, re.M)) == 6 + 1 + len(stories)
-    assert len(labelled_blocks(text.partition("\n## ")[0])) == 6
+    assert len(re.findall(r"^```python$", text, re.M)) == 7 + 1 + len(stories)
+    assert len(labelled_blocks(text.partition("\n## ")[0])) == 7
 
 
 def test_the_commands_exist():
@@ -212,3 +212,14 @@ def test_the_example_forgets(tmp_path, monkeypatch):
     found, attack = seen
     assert found["forget_probability"] < 0.1 < 0.5 < found["retain_probability"]
     assert "gold" in attack["missing"] and len(attack["unlearned"]) == 2
+
+
+def test_the_example_attends_prunes_and_grows():
+    seen = []
+    names = {"print": seen.append}
+    exec(compile(_python(README, 6), "README.md", "exec"), names)
+    model, config = names["model"], names["config"]
+    assert model.model.layers[0].self_attn.sinks.grad.abs().max() > 0
+    assert model.config.num_local_experts == 4 and config._attn_implementation == "hfext_triton"
+    assert seen and "4" in str(seen[0])
+    assert names["small"](names["ids"]).logits.isfinite().all()

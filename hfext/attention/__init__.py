@@ -5,12 +5,14 @@ How to choose:
 | you want | take | cost | not when |
 |---|---|---|---|
 | soft cap, sinks, bias, windows, padding, and their gradients | `hfext_triton` | | attention weights are asked for |
+| to train a model that attends to some k keys a query | `hfext_spark` | scores made twice | soft cap, sinks, bias |
+| a pretrained model's own scores masked alike | `hfext_topk` | k keys about, not exactly | soft cap, sinks, bias |
 
 Importing hfext registers each in `AttentionInterface` and, under the same name, its mask in `AttentionMaskInterface`.
 """
 
 from ..registry import collect
-from . import hfext_triton
+from . import hfext_triton, spark
 from ._mask import IntervalMask, interval_mask
 
 __all__ = ["IntervalMask", "interval_mask"]

@@ -155,8 +155,8 @@ def refuse(cache: Any, kwargs: dict[str, Any]) -> None:
     )
     if unknown:
         raise NotImplementedError(
-            f"The model passes {', '.join(unknown)} to its attention, which hfext_triton does not know and will not "
-            "leave out: use attn_implementation='eager'."
+            f"The model passes {', '.join(unknown)} to its attention, which hfext does not know and will not leave "
+            "out: use attn_implementation='eager'."
         )
 
 

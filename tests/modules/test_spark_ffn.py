@@ -152,7 +152,11 @@ def test_bad_input():
         (lambda: SparkFFN()(torch.randn(2, 4)), RuntimeError, "no weights"),
         (lambda: replace_ffn(torch.nn.Linear(2, 2), SparkFFN()), ValueError, "no MLP matches"),
         (lambda: replace_ffn(causal("Llama", "eager"), SparkFFN(8)), TypeError, "options alone"),
-        (lambda: replace_ffn(causal("Llama", "eager"), SparkFFN(), "attention"), ValueError, "Found: model.layers.0.mlp"),
+        (
+            lambda: replace_ffn(causal("Llama", "eager"), SparkFFN(), "attention"),
+            ValueError,
+            "Found: model.layers.0.mlp",
+        ),
         (lambda: SparkFFN().from_dense(torch.nn.Linear(2, 2), "x"), TypeError, "x is a Linear"),
         (lambda: SparkFFN(8)(torch.randn(2, 8).long()), TypeError, "must share one of"),
     ):

@@ -1,0 +1,432 @@
+"""Triton kernels of Spark attention. Imported only where one is launched, so that the package needs torch alone.
+
+One (batch, head) at a time; a head's numbers are split into the predictor's part 1 and the gate's part 2:
+
+    s_ij = scale1 <q1_i, k1_j>;   theta_i = mean_j s_ij + std_j s_ij Q(1 - k / c_i)     over the c_i visible keys
+    P_ij = softmax over the keys with s_ij >= theta_i; w_ij = P_ij softplus(scale2 <q2_i, k2_j>);  o_i = sum_j w_ij v_j
+
+Pass A meets the moments of tiles of keys by Chan's formula, pass B makes the scores again. Values are not shifted by
+the threshold, so its own derivative is 0 almost everywhere, and with u_ij = <do_i, v_j>:
+
+    ds_ij = P_ij (u_ij g_ij - <do_i, o_i>),   dt_ij = P_ij u_ij sigmoid(t_ij),   t = scale2 <q2, k2>,  g = softplus(t)
+
+Inside, scores s and thresholds are in units of log 2.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+FLOOR = tl.constexpr(1e-6)
+NEAR = tl.constexpr(1e-5)
+
+
+@triton.jit
+def _softplus(t):
+    """log(1 + exp(t)), by a series where 1 + exp(-|t|) would lose the small one."""
+    e = tl.exp(-tl.abs(t))
+    series = e * (1.0 - e * (0.5 - e * (1.0 / 3 - e * (0.25 - e * 0.2))))
+    return tl.maximum(t, 0.0) + tl.where(e < 0.03125, series, tl.log(1.0 + e))
+
+
+@triton.jit
+def _sigmoid(t):
+    e = tl.exp(-tl.abs(t))
+    return tl.where(t < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _kept(seed, i, j, N, p_drop):
+    """1 / (1 - p) where a weight is kept, 0 where it is dropped: a function of the pair alone, whatever the tiles."""
+    return tl.where(tl.rand(seed, i * N + j) >= p_drop, 1.0 / (1.0 - p_drop), 0.0)
+
+
+@triton.jit
+def _first(d, D: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, ALIGN: tl.constexpr):
+    """Columns of the predictor's part."""
+    if HALVES:
+        d = tl.max_contiguous(tl.multiple_of(d + tl.where(d >= R // 2, D // 2 - R // 2, 0), ALIGN), ALIGN)
+    return d
+
+
+@triton.jit
+def _second(d, D: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, ALIGN: tl.constexpr):
+    """Columns of the gate's part."""
+    if HALVES:
+        c = d + tl.where(d >= (D - R) // 2, R, R // 2)
+    else:
+        c = d + R
+    return tl.max_contiguous(tl.multiple_of(c, ALIGN), ALIGN)
+
+
+@triton.jit
+def _rows(base, first, rows, stride, d, cols, limit, WIDTH: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows first + rows of a matrix as a tile of the columns at offsets `cols`, of which d < WIDTH count; zeros
+    outside."""
+    base += tl.cast(first, tl.int64) * stride
+    offsets = rows[:, None] * stride + cols[None, :]
+    if EVEN:
+        x = tl.load(base + offsets, mask=first + rows[:, None] < limit, other=0.0)
+    else:
+        x = tl.load(base + offsets, mask=(first + rows[:, None] < limit) & (d[None, :] < WIDTH), other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _hide(
+    s, i, j0, cols, lo, hi, mask, mask_at, mask_n, keys, M, N, MASK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Scores with -inf for hidden pairs. i, lo, hi and the rows' offsets have the shape of one side of the tile, cols
+    that of the other."""
+    j = j0 + cols
+    s = tl.where((j >= lo) & (j < hi), s, float("-inf"))
+    if KEYS:
+        s = tl.where(tl.load(keys + j, mask=j < N, other=0) != 0, s, float("-inf"))
+    if MASK:
+        at = mask + tl.cast(j0, tl.int64) * mask_n + (mask_at + cols * mask_n)
+        s = tl.where(tl.load(at, mask=(i < M) & (j < N), other=0) != 0, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _interval(lo, hi, rows, M, N, INTERVAL: tl.constexpr):
+    """Visible keys of some rows; a row that is none sees nothing."""
+    if INTERVAL:
+        first = tl.load(lo + rows, mask=rows < M, other=0)
+        last = tl.load(hi + rows, mask=rows < M, other=0)
+    else:
+        first = tl.zeros_like(rows)
+        last = tl.where(rows < M, N, 0)
+    return first, last
+
+
+@triton.jit
+def _range(lo, hi, rows, M, N, BN: tl.constexpr):
+    """Tiles of keys that rows with these intervals visit."""
+    seen = (rows < M) & (hi > lo)
+    start = tl.min(tl.where(seen, lo, N)) // BN * BN
+    return start, tl.max(tl.where(seen, hi, 0))
+
+
+@triton.jit
+def _merge(n, mean, m2, n_b, mean_b, m2_b):
+    """Chan's formula: count, mean and sum of squared deviations of two sets together."""
+    total = n + n_b
+    share = n_b / tl.where(total == 0, 1.0, total)
+    delta = mean_b - mean
+    return total, mean + delta * share, m2 + m2_b + delta * delta * (n * share)
+
+
+@triton.jit
+def _moments(n, mean, m2, top, s):
+    """Moments and maximum of rows with one more tile of scores."""
+    seen = s > float("-inf")
+    n_b = tl.sum(tl.where(seen, 1.0, 0.0), 1)
+    mean_b = tl.sum(tl.where(seen, s, 0.0), 1) / tl.where(n_b == 0, 1.0, n_b)
+    d = tl.where(seen, s - mean_b[:, None], 0.0)
+    n, mean, m2 = _merge(n, mean, m2, n_b, mean_b, tl.sum(d * d, 1))
+    return n, mean, m2, tl.maximum(top, tl.max(s, 1))
+
+
+@triton.jit
+def _threshold(n, mean, m2, top, table, UNBIASED: tl.constexpr):
+    """theta, and just below the largest score where nothing would reach it. Everything in units of log 2."""
+    less = n
+    if UNBIASED:
+        less = n - 1.0
+    std = tl.maximum(tl.sqrt(m2 / tl.maximum(less, 1.0)), FLOOR * LOG2E)
+    theta = mean + tl.load(table + n.to(tl.int32)) * std
+    return tl.minimum(theta, top - NEAR * tl.maximum(tl.abs(top), LOG2E))
+
+
+@triton.jit
+def _attend(
+    acc, l, m, q1, q2, k, v, j0, i, lo, hi, theta, k_n, k_d, v_n, v_d, mask, mask_at, mask_n, keys,
+    scale1, scale2, seed, p_drop, M, N,
+    D: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, BDV: tl.constexpr,
+    BN: tl.constexpr, GATE: tl.constexpr, HALVES: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr,
+    KEYS: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of pass B: the online softmax of those that reach theta, gated."""
+    cols, d, e = tl.arange(0, BN), tl.arange(0, BD1), tl.arange(0, BDV)
+    kt = _rows(k, j0, cols, k_n, d, _first(d, D, R, HALVES, ALIGN) * k_d, N, R, R == BD1, UPCAST)
+    s = tl.dot(q1, tl.trans(kt), input_precision=PRECISION) * scale1
+    s = _hide(
+        s, i[:, None], j0, cols[None, :], lo[:, None], hi[:, None], mask, mask_at, mask_n, keys, M, N, MASK, KEYS
+    )
+    s = tl.where(s >= theta[:, None], s, float("-inf"))
+    new = tl.maximum(m, tl.max(s, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s - base[:, None])
+    a = tl.exp2(m - base)
+    l = l * a + tl.sum(p, 1)
+    if GATE:
+        d2 = tl.arange(0, BD2)
+        k2 = _rows(k, j0, cols, k_n, d2, _second(d2, D, R, HALVES, ALIGN) * k_d, N, D - R, D - R == BD2, UPCAST)
+        p = p * _softplus(tl.dot(q2, tl.trans(k2), input_precision=PRECISION) * scale2)
+    if DROPOUT:
+        p = p * _kept(seed, i[:, None], j0 + cols[None, :], N, p_drop)
+    vt = _rows(v, j0, cols, v_n, e, e * v_d, N, DV, DV == BDV, UPCAST)
+    acc = tl.dot(p.to(vt.dtype), vt, acc * a[:, None], input_precision=PRECISION)
+    return acc, l, new
+
+
+@triton.jit
+def spark_forward(
+    q, k, v, o, lse, thetas, table, lo, hi, keys, mask, seed_at,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, lo_b, keys_b, mask_b, mask_h, mask_m, mask_n,
+    H, G, M, N, scale1, scale2, p_drop,
+    D: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, BDV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr, HALVES: tl.constexpr, ALIGN: tl.constexpr,
+    UNBIASED: tl.constexpr, INTERVAL: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o [B, M, H, DV]; lse and theta [B, H, M] in units of log 2, of one tile of queries; grid (tiles of M, B H)."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # later tiles see more keys: they go first
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    i0 = tile * BM
+    rows, cols, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD1)
+    i = i0 + rows
+    row_lo, row_hi = _interval(lo + b * lo_b, hi + b * lo_b, i, M, N, INTERVAL)
+    start, end = _range(row_lo, row_hi, i, M, N, BN)
+
+    q += b * q_b + h * q_h
+    c = _first(d, D, R, HALVES, ALIGN)
+    q1 = _rows(q, i0, rows, q_m, d, c * q_d, M, R, R == BD1, UPCAST)
+    q2 = q1
+    if GATE:
+        d2 = tl.arange(0, BD2)
+        c2 = _second(d2, D, R, HALVES, ALIGN)
+        q2 = _rows(q, i0, rows, q_m, d2, c2 * q_d, M, D - R, D - R == BD2, UPCAST)
+    k += b * k_b + (h // G) * k_h
+    v += b * v_b + (h // G) * v_h
+    keys += b * keys_b
+    mask += b * mask_b + h * mask_h + i0.to(tl.int64) * mask_m
+    mask_at = (rows * mask_m)[:, None]
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at) + bh
+    scale1 = scale1 * LOG2E
+
+    n = tl.zeros([BM], tl.float32)
+    mean = tl.zeros([BM], tl.float32)
+    m2 = tl.zeros([BM], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    for j0 in tl.range(start, end, BN):
+        kt = _rows(k, j0, cols, k_n, d, c * k_d, N, R, R == BD1, UPCAST)
+        s = tl.dot(q1, tl.trans(kt), input_precision=PRECISION) * scale1
+        s = _hide(
+            s, i[:, None], j0, cols[None, :], row_lo[:, None], row_hi[:, None], mask, mask_at, mask_n, keys, M, N,
+            MASK, KEYS,
+        )  # fmt: skip
+        n, mean, m2, m = _moments(n, mean, m2, m, s)
+    theta = _threshold(n, mean, m2, m, table, UNBIASED)
+
+    acc = tl.zeros([BM, BDV], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    for j0 in tl.range(start, end, BN):
+        acc, l, m = _attend(
+            acc, l, m, q1, q2, k, v, j0, i, row_lo, row_hi, theta, k_n, k_d, v_n, v_d, mask, mask_at, mask_n, keys,
+            scale1, scale2, seed, p_drop, M, N, D, R, DV, BD1, BD2, BDV, BN, GATE, HALVES, ALIGN, MASK, KEYS, DROPOUT,
+            UPCAST, PRECISION,
+        )  # fmt: skip
+    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    at = bh.to(tl.int64) * M + i
+    tl.store(lse + at, m + tl.log2(l), mask=i < M)
+    tl.store(thetas + at, theta, mask=i < M)
+    e = tl.arange(0, BDV)
+    at = o + ((b * M + i[:, None]) * H + h) * DV + e[None, :]
+    tl.store(at, acc.to(o.dtype.element_ty), mask=(i[:, None] < M) & (e[None, :] < DV))
+
+
+@triton.jit
+def spark_delta(
+    o, do, delta, do_b, do_m, do_h, do_d, H, M, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Delta_i = <do_i, o_i> [B, H, M]; o is [B, M, H, DV]. Grid (tiles of M, B H)."""
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    i0 = tl.program_id(0) * BM
+    rows, d = tl.arange(0, BM), tl.arange(0, BDV)
+    i = i0 + rows
+    x = _rows(o + b * M * H * DV + h * DV, i0, rows, H * DV, d, d, M, DV, DV == BDV, True)
+    g = _rows(do + b * do_b + h * do_h, i0, rows, do_m, d, d * do_d, M, DV, DV == BDV, True)
+    tl.store(delta + bh.to(tl.int64) * M + i, tl.sum(x * g, 1), mask=i < M)
+
+
+@triton.jit
+def _weights(s, theta, lse):
+    """P from scores, thresholds and log-sum-exp; 0 for rows that see nothing."""
+    s = tl.where(s >= theta, s, float("-inf"))
+    return tl.exp2(s - tl.where(lse == float("-inf"), 0.0, lse))
+
+
+@triton.jit
+def spark_query_gradient(
+    q, k, v, do, lse, thetas, delta, dq, lo, hi, keys, mask, seed_at,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, do_b, do_m, do_h, do_d, dq_b, dq_h, dq_m,
+    lo_b, keys_b, mask_b, mask_h, mask_m, mask_n, H, G, M, N, scale1, scale2, p_drop,
+    D: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, BDV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr, HALVES: tl.constexpr, ALIGN: tl.constexpr,
+    INTERVAL: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries; grid (tiles of M, B H)."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    i0 = tile * BM
+    rows, cols, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD1), tl.arange(0, BDV)
+    i = i0 + rows
+    row_lo, row_hi = _interval(lo + b * lo_b, hi + b * lo_b, i, M, N, INTERVAL)
+    start, end = _range(row_lo, row_hi, i, M, N, BN)
+
+    q += b * q_b + h * q_h
+    c = _first(d, D, R, HALVES, ALIGN)
+    d2 = tl.arange(0, BD2)
+    c2 = _second(d2, D, R, HALVES, ALIGN)
+    q1 = _rows(q, i0, rows, q_m, d, c * q_d, M, R, R == BD1, UPCAST)
+    q2 = q1
+    if GATE:
+        q2 = _rows(q, i0, rows, q_m, d2, c2 * q_d, M, D - R, D - R == BD2, UPCAST)
+    g = _rows(do + b * do_b + h * do_h, i0, rows, do_m, e, e * do_d, M, DV, DV == BDV, UPCAST)
+    at = bh.to(tl.int64) * M + i
+    row_lse = tl.load(lse + at, mask=i < M, other=0.0)
+    row_theta = tl.load(thetas + at, mask=i < M, other=0.0)
+    row_delta = tl.load(delta + at, mask=i < M, other=0.0)
+    k += b * k_b + (h // G) * k_h
+    v += b * v_b + (h // G) * v_h
+    keys += b * keys_b
+    mask += b * mask_b + h * mask_h + i0.to(tl.int64) * mask_m
+    mask_at = (rows * mask_m)[:, None]
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at) + bh
+
+    acc1 = tl.zeros([BM, BD1], tl.float32)
+    acc2 = tl.zeros([BM, BD2], tl.float32)
+    for j0 in tl.range(start, end, BN):
+        k1 = _rows(k, j0, cols, k_n, d, c * k_d, N, R, R == BD1, UPCAST)
+        s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION) * (scale1 * LOG2E)
+        s = _hide(
+            s, i[:, None], j0, cols[None, :], row_lo[:, None], row_hi[:, None], mask, mask_at, mask_n, keys, M, N,
+            MASK, KEYS,
+        )  # fmt: skip
+        p = _weights(s, row_theta[:, None], row_lse[:, None])
+        vt = _rows(v, j0, cols, v_n, e, e * v_d, N, DV, DV == BDV, UPCAST)
+        u = tl.dot(g, tl.trans(vt), input_precision=PRECISION)
+        if DROPOUT:
+            u = u * _kept(seed, i[:, None], j0 + cols[None, :], N, p_drop)
+        if GATE:
+            k2 = _rows(k, j0, cols, k_n, d2, c2 * k_d, N, D - R, D - R == BD2, UPCAST)
+            t = tl.dot(q2, tl.trans(k2), input_precision=PRECISION) * scale2
+            acc2 = tl.dot((p * u * _sigmoid(t)).to(k2.dtype), k2, acc2, input_precision=PRECISION)
+            u = u * _softplus(t)
+        acc1 = tl.dot((p * (u - row_delta[:, None])).to(k1.dtype), k1, acc1, input_precision=PRECISION)
+    at = dq + b * dq_b + h * dq_h + tl.cast(i0, tl.int64) * dq_m + (rows * dq_m)[:, None]
+    tl.store(at + c[None, :], (acc1 * scale1).to(dq.dtype.element_ty), mask=(i[:, None] < M) & (d[None, :] < R))
+    if GATE:
+        inside = (i[:, None] < M) & (d2[None, :] < D - R)
+        tl.store(at + c2[None, :], (acc2 * scale2).to(dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def spark_key_gradient(
+    q, k, v, do, lse, thetas, delta, dk, dv, lo, hi, q_first, q_last, keys, mask, seed_at,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, do_b, do_m, do_h, do_d,
+    dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, lo_b, range_b, keys_b, mask_b, mask_h, mask_m, mask_n,
+    HK, G, M, N, scale1, scale2, p_drop,
+    D: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, BDV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr, HALVES: tl.constexpr, ALIGN: tl.constexpr,
+    INTERVAL: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, C0: tl.constexpr, CW: tl.constexpr, DK2: tl.constexpr, DVALUE: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, over the G heads and the queries that see it; grid (tiles of N, B HK). A launch
+    makes CW columns of the first part of dk from C0 on (none with 0), the second part (DK2), and dv (DVALUE): the sums
+    of wide heads are too many for the registers of one launch.
+
+    Everything is transposed, [keys, queries], so that the weights enter their product without a change of layout."""
+    tile = tl.program_id(0)
+    bh = tl.program_id(1)
+    b, hk = (bh // HK).to(tl.int64), (bh % HK).to(tl.int64)
+    j0 = tile * BN
+    rows, cols, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD1), tl.arange(0, BDV)
+    j = (j0 + cols)[:, None]
+    c = _first(d, D, R, HALVES, ALIGN)
+    d2 = tl.arange(0, BD2)
+    c2 = _second(d2, D, R, HALVES, ALIGN)
+    k += b * k_b + hk * k_h
+    k1 = _rows(k, j0, cols, k_n, d, c * k_d, N, R, R == BD1, UPCAST)
+    k2 = k1
+    if GATE:
+        k2 = _rows(k, j0, cols, k_n, d2, c2 * k_d, N, D - R, D - R == BD2, UPCAST)
+    v += b * v_b + hk * v_h
+    vt = _rows(v, j0, cols, v_n, e, e * v_d, N, DV, DV == BDV, UPCAST)
+    lo += b * lo_b
+    hi += b * lo_b
+    keys += b * keys_b
+    first, last = 0, M
+    if INTERVAL:
+        first = tl.load(q_first + b * range_b + tile) // BM * BM
+        last = tl.load(q_last + b * range_b + tile)
+
+    if CW > 0:
+        dc = C0 + tl.arange(0, CW)
+        cc = _first(dc, D, R, HALVES, ALIGN)
+        acc1 = tl.zeros([BN, CW], tl.float32)
+    acc2 = tl.zeros([BN, BD2], tl.float32)
+    acc_v = tl.zeros([BN, BDV], tl.float32)
+    for head in range(G):
+        h = hk * G + head
+        row = (b * HK * G + h) * M
+        seed = 0
+        if DROPOUT:
+            seed = tl.load(seed_at) + (b * HK * G + h).to(tl.int32)
+        for i0 in tl.range(first, last, BM):
+            i = i0 + rows
+            at = q + b * q_b + h * q_h
+            q1 = _rows(at, i0, rows, q_m, d, c * q_d, M, R, R == BD1, UPCAST)
+            g = _rows(do + b * do_b + h * do_h, i0, rows, do_m, e, e * do_d, M, DV, DV == BDV, UPCAST)
+            row_lse = tl.load(lse + row + i, mask=i < M, other=0.0)
+            row_theta = tl.load(thetas + row + i, mask=i < M, other=0.0)
+            row_delta = tl.load(delta + row + i, mask=i < M, other=0.0)
+            row_lo, row_hi = _interval(lo, hi, i, M, N, INTERVAL)
+            s = tl.dot(k1, tl.trans(q1), input_precision=PRECISION) * (scale1 * LOG2E)
+            s = _hide(
+                s, i[None, :], j0, cols[:, None], row_lo[None, :], row_hi[None, :],
+                mask + b * mask_b + h * mask_h + tl.cast(i0, tl.int64) * mask_m, (rows * mask_m)[None, :], mask_n,
+                keys, M, N, MASK, KEYS,
+            )  # fmt: skip
+            p = _weights(s, row_theta[None, :], row_lse[None, :])
+            w = p
+            if DROPOUT:
+                w = p * _kept(seed, i[None, :], j, N, p_drop)
+            gate = 1.0
+            if GATE:
+                q2 = _rows(at, i0, rows, q_m, d2, c2 * q_d, M, D - R, D - R == BD2, UPCAST)
+                t = tl.dot(k2, tl.trans(q2), input_precision=PRECISION) * scale2
+                gate = _softplus(t)
+            if DVALUE:
+                acc_v = tl.dot((w * gate).to(g.dtype), g, acc_v, input_precision=PRECISION)
+            if CW > 0 or DK2:
+                u = tl.dot(vt, tl.trans(g), input_precision=PRECISION) * w
+            if CW > 0:
+                qc = q1
+                if CW < BD1:
+                    qc = _rows(at, i0, rows, q_m, dc, cc * q_d, M, R, R == BD1, UPCAST)
+                ds = u * gate - p * row_delta[None, :]
+                acc1 = tl.dot(ds.to(qc.dtype), qc, acc1, input_precision=PRECISION)
+            if DK2:
+                acc2 = tl.dot((u * _sigmoid(t)).to(q2.dtype), q2, acc2, input_precision=PRECISION)
+    at = dk + b * dk_b + hk * dk_h + tl.cast(j0, tl.int64) * dk_n + (cols * dk_n)[:, None]
+    if CW > 0:
+        tl.store(at + cc[None, :], (acc1 * scale1).to(dk.dtype.element_ty), mask=(j < N) & (dc[None, :] < R))
+    if DK2:
+        tl.store(at + c2[None, :], (acc2 * scale2).to(dk.dtype.element_ty), mask=(j < N) & (d2[None, :] < D - R))
+    if DVALUE:
+        at = dv + b * dv_b + hk * dv_h + tl.cast(j0, tl.int64) * dv_n + (cols * dv_n)[:, None]
+        tl.store(at + e[None, :], acc_v.to(dv.dtype.element_ty), mask=(j < N) & (e[None, :] < DV))

@@ -16,6 +16,10 @@ from .. import compat
 
 ACTIVE: weakref.WeakSet = weakref.WeakSet()
 
+# Attention that takes (heads, bias of the keys) from this attribute of its layer, `hfext.attention.hfext_pasta`.
+BY_KEY = ("hfext_pasta", "hfext_triton")
+STEERING = "hfext_steering"
+
 
 def steerings_of(model: nn.Module) -> list[Any]:
     """Active handles whose attention modules belong to `model`."""
@@ -34,6 +38,18 @@ def suspended(model: nn.Module) -> Iterator[None]:
     finally:
         for steering in steerings:
             steering.suspensions -= 1
+
+
+def taken(module: nn.Module, args: tuple, output: Any) -> None:
+    """Nothing may be left of a steering when its layer has run, and least of all unnoticed."""
+    if STEERING not in vars(module):
+        return
+    delattr(module, STEERING)
+    if output is not None:
+        raise NotImplementedError(
+            f"A {type(module).__name__} was to be steered but does not ask the attention that it was loaded with: "
+            'load the model with attn_implementation="sdpa" or "eager".'
+        )
 
 
 def prompt_columns(inputs: Any = None, *_: Any, **kwargs: Any) -> int | None:

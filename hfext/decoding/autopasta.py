@@ -106,7 +106,7 @@ def autopasta_generate(
     """Answer a question about a context, with attention steered to the sentence that the model itself points out.
 
     Args:
-        model (`PreTrainedModel`): Decoder-only, with `eager` or `sdpa` attention.
+        model (`PreTrainedModel`): Decoder-only, with attention that [`steer_attention`] takes.
         tokenizer (`PreTrainedTokenizerBase`): Its fast tokenizer.
         context, question (`str`): The text and what is asked about it.
         heads (`dict[int, list[int]]`): Query heads by layer, for example of [`profile_heads`].

@@ -2,8 +2,9 @@
 
     a'_ij = alpha^[j in G^-] a_ij / sum_k alpha^[k in G^-] a_ik,   G^- = prompt positions outside every span
 
-so log(alpha) is added to the logits of the keys in G^-, for all queries. Generated tokens keep their weight. The
-additive mask is the interface: it works wherever an attention function takes a 4-D mask.
+so log(alpha) is added to the logits of the keys in G^-, for all queries. Generated tokens keep their weight. Under
+`hfext_pasta` and `hfext_triton` attention the layers get one number for each key, and no mask is made; under `eager`
+and `sdpa` an additive 4-D mask.
 
 Tell Your Model Where to Attend: Post-hoc Attention Steering for LLMs, arXiv 2311.02262.
 """
@@ -25,7 +26,7 @@ from transformers.utils import logging
 
 from .. import compat
 from ..registry import Method, Result
-from ._active_steering import ACTIVE, announce_prompts
+from ._active_steering import ACTIVE, BY_KEY, STEERING, announce_prompts, taken
 from ._adapters import refuse_prompt_learning
 from ._steering_input import heads_by_layer, span_rows
 
@@ -35,8 +36,14 @@ Heads = Mapping[int, Sequence[int]]
 Span = tuple[int, int]
 
 
-def steering_rows(spans: Sequence[Sequence[Span]], length: int, alpha: float, mode: str = "exclude") -> Tensor:
-    """What is added to the logit of each prompt position, [rows, length], float32.
+def steering_rows(
+    spans: Sequence[Sequence[Span]],
+    length: int,
+    alpha: float,
+    mode: str = "exclude",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What is added to the logit of each prompt position, [rows, length], in `dtype`.
 
     `exclude`: log(alpha) outside of the union of a row's spans. `include`: -log(alpha) inside.
     """
@@ -44,7 +51,9 @@ def steering_rows(spans: Sequence[Sequence[Span]], length: int, alpha: float, mo
     for row, row_spans in zip(inside, spans, strict=True):
         for start, end in row_spans:
             row[start:end] = True
-    return torch.where(inside, 0.0, math.log(alpha)) if mode == "exclude" else torch.where(inside, -math.log(alpha), 0)
+    log = math.log(alpha)
+    zeros = torch.zeros(inside.shape, dtype=dtype)
+    return zeros.masked_fill(~inside, log) if mode == "exclude" else zeros.masked_fill(inside, -log)
 
 
 def steered_mask(mask: Tensor, bias: Tensor, heads: Sequence[int], num_heads: int) -> Tensor:
@@ -73,6 +82,7 @@ class AttentionSteering:
     def __init__(self, model: nn.Module, spans: Any, heads: Heads, alpha: float, mode: str, prompt_length: int | None):
         self.spans, self.alpha, self.mode, self.prompt_length = spans, alpha, mode, None
         self.num_heads = model.config.get_text_config().num_attention_heads
+        self.by_key = compat.attention_implementation(model) in BY_KEY
         self._rows: Tensor | None = None
         self._given = prompt_length is not None
         self._generating = 0
@@ -88,6 +98,8 @@ class AttentionSteering:
             if chosen:
                 hook = self._steer(layer, sorted(set(chosen)), inspect.signature(modules[layer].forward))
                 self._hooks.append(modules[layer].register_forward_pre_hook(hook, with_kwargs=True))
+                if self.by_key:
+                    self._hooks.append(modules[layer].register_forward_hook(taken, always_call=True))
                 self.modules.add(modules[layer])
         if self._hooks:
             announce_prompts()
@@ -134,7 +146,7 @@ class AttentionSteering:
                         f"spans: ({start}, {end}) of row {row} ends outside the prompt, which has {length} tokens."
                     )
         self.prompt_length = length
-        self._rows = steering_rows(self.spans, length, self.alpha, self.mode)
+        self._rows = steering_rows(self.spans, length, self.alpha, self.mode, torch.float64)
 
     def _steer(self, layer: int, heads: list[int], signature: inspect.Signature) -> Callable:
         names = list(signature.parameters)
@@ -156,6 +168,12 @@ class AttentionSteering:
                     f"Layer {layer}, a {type(module).__name__}, attends to past tokens but is given no transformers "
                     "Cache: use a model that takes one, or run it with use_cache=False."
                 )
+            if self.by_key:
+                keys = keys if mask is None else mask.shape[-1]
+                bias = self._bias(batch, before, before + queries, keys, key_offset)
+                kind = torch.promote_types(hidden.dtype, torch.float32)
+                setattr(module, STEERING, (heads, bias.to(kind).to(hidden.device)))
+                return None
             if mask is None:
                 mask = causal_mask(queries, before, keys, key_offset, hidden.device)
             elif not isinstance(mask, Tensor) or mask.ndim != 4:
@@ -164,7 +182,9 @@ class AttentionSteering:
                     'load the model with attn_implementation="sdpa" or "eager".'
                 )
             bias = self._bias(batch, before, before + queries, mask.shape[-1], key_offset)
-            kwargs["attention_mask"] = steered_mask(mask, bias.to(hidden), heads, self.num_heads)
+            kwargs["attention_mask"] = steered_mask(
+                mask, bias.to(hidden.dtype).to(hidden.device), heads, self.num_heads
+            )
             return (), kwargs
 
         return hook
@@ -219,11 +239,11 @@ def steer_attention(
     """Steer attention heads towards token ranges of the prompt: `with steer_attention(...): model.generate(...)`.
 
     All forwards of that prompt and what follows it are steered until the handle's `remove()`; another prompt needs
-    another handle. The second stream of context-aware decoding is not steered. Materialises a mask
-    [batch, heads, queries, keys] for each steered layer.
+    another handle. The second stream of context-aware decoding is not steered. `eager` and `sdpa` materialise a mask
+    [batch, heads, queries, keys] for each steered layer, `hfext_pasta` and `hfext_triton` none.
 
     Args:
-        model (`PreTrainedModel`): Decoder-only, with `eager`, `sdpa` or one of this package's attentions.
+        model (`PreTrainedModel`): Decoder-only, with `eager`, `sdpa`, `hfext_pasta` or `hfext_triton` attention.
         spans (`list[tuple[int, int]]` or one such list for each prompt): Token ranges (start, end), end excluded,
             counted from the first column of `input_ids`, left padding included. See [`span_to_tokens`]. With more
             rows than lists, as in beam search, each list serves rows that stand together.
@@ -253,10 +273,10 @@ def steer_attention(
         raise NotImplementedError("Encoder-decoder models are not steered: use a decoder-only model.")
     refuse_prompt_learning(model, "Attention steering")
     name = compat.attention_implementation(model)
-    if name not in ("eager", "sdpa") and not name.startswith("hfext_"):
+    if name not in ("eager", "sdpa", *BY_KEY):
         raise NotImplementedError(
             f"The attention {name!r} takes no additive mask: load the model with attn_implementation "
-            "'sdpa' or 'eager'."
+            "'hfext_pasta', 'sdpa' or 'eager'."
         )
     layers, count = attention_modules(model), model.config.get_text_config().num_attention_heads
     heads = heads_by_layer(heads, layers, count)
@@ -360,7 +380,8 @@ METHOD = Method(
     ),
     recipe="decoding/pasta-smollm2-planted_fact.yaml",
     notes="`span_to_tokens(tokenizer, prompt, phrase)` gives spans, `profile_heads(model, evaluate)` the heads that "
-    "help a model, for `save_heads` and `load_heads`; heads that were not profiled can do harm. Needs `eager` or "
-    "`sdpa` attention. One handle serves one prompt and what is generated from it; the first handle wraps "
-    "`GenerationMixin.generate`, which then tells handles how long the prompt is.",
+    "help a model, for `save_heads` and `load_heads`; heads that were not profiled can do harm. Needs `eager`, "
+    "`sdpa`, `hfext_pasta` or `hfext_triton` attention; the latter two make no mask. One handle serves one prompt and "
+    "what is generated from it; the first handle wraps `GenerationMixin.generate`, which then tells handles how long "
+    "the prompt is.",
 )

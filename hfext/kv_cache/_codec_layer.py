@@ -17,6 +17,7 @@ from torch import Tensor
 from ._cache import CompressedLayer
 from ._state import Shared
 
+READERS = ("hfext_triton", "hfext_pasta")  # attentions that read codes
 PIECE = 2**19  # numbers that are decoded at once
 
 
@@ -129,7 +130,7 @@ class CodecLayer(CompressedLayer):
     def _given(self, side: str, recent: Tensor) -> Tensor:
         """A side for the attention: made whole, or as it is stored where a kernel reads that."""
         count, codes = self.num_coded(side), self.coded(side)
-        grid = self.grid(side) if self.shared.attention == "hfext_triton" and count else None
+        grid = self.grid(side) if self.shared.attention in READERS and count else None
         if grid is None or torch.is_grad_enabled() or self.home is not None or not reads_codes(recent):
             return self._whole(side, recent)
         from hfext_attention import PackedStates

@@ -127,8 +127,12 @@ def test_another_meaning_in_transformers_is_noticed(monkeypatch):
 def test_the_names_are_registered_with_their_masks():
     from transformers import AttentionInterface
 
-    for name in ("hfext_triton",):
+    for name in ("hfext_triton", "hfext_pasta", "hfext_spark", "hfext_topk"):
         assert AttentionInterface()[name] and AttentionMaskInterface()[name] is interval_mask
+    own = AttentionMaskInterface()["hfext_stickbreaking"]  # refuses patterns that are not causal
+    assert (
+        own is not interval_mask and own(batch_size=2, q_length=3, kv_length=3, attention_mask=LEFT[:, :3]) is not None
+    )
 
 
 def test_other_code_gets_the_dense_mask():

@@ -113,6 +113,11 @@ def interval_mask(
     """
     if isinstance(attention_mask, IntervalMask):
         return attention_mask
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)} but must be [batch, keys], or a mask of every pair "
+            "[batch, heads or 1, queries, keys]."
+        )
     alone = None if torch.compiler.is_compiling() else computes_its_own_attention(type(config))
     if alone:
         raise NotImplementedError(

@@ -28,11 +28,12 @@ def options_of(config: Any, head_dim: int, gate: bool) -> dict[str, Any]:
     options = {"topk": k, "unbiased": unbiased, "gate": gate}
     if not gate:
         return options
-    r = given.get("r", head_dim // 2)
-    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= head_dim - 1:
-        raise ValueError(f"config.{KEY}['r'] is {r!r} but must be an integer in [1, {head_dim - 1}].")
     pairs = given.get("pairs", "halves")
     one_of(f"config.{KEY}['pairs']", pairs, PAIRS)
+    half = head_dim // 4 * 2 if pairs == "halves" else head_dim // 2
+    r = given.get("r", max(1, half))
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= head_dim - 1:
+        raise ValueError(f"config.{KEY}['r'] is {r!r} but must be an integer in [1, {head_dim - 1}].")
     if pairs == "halves" and (r % 2 or head_dim % 2):
         raise ValueError(
             f"config.{KEY}['r'] is {r} and heads have {head_dim} numbers: both must be even, or 'pairs' 'contiguous'."

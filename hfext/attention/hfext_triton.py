@@ -26,10 +26,11 @@ NAME = "hfext_triton"
 
 # Arguments of model layers that say nothing about the function that is computed here.
 HARMLESS = {
-    "cu_seq_lens_k", "cu_seq_lens_q", "cu_seqlens", "deterministic", "labels", "layer_idx", "logits_to_keep",
+    "add_pooling_layer", "cu_seq_lens_k", "cu_seq_lens_q", "cu_seqlens", "deterministic", "interpolate_pos_encoding",
+    "is_training", "labels", "layer_idx", "logits_to_keep",
     "max_length_k", "max_length_q", "max_seqlen", "num_items_in_batch", "num_logits_to_keep", "output_hidden_states",
     "output_router_logits", "padding_mask", "past_key_values", "position_embeddings", "position_ids", "return_dict",
-    "seq_idx", "target_dtype", "token_type_ids", "use_cache",
+    "return_legacy_cache", "return_loss", "seq_idx", "target_dtype", "token_type_ids", "use_cache",
 }  # fmt: skip
 
 
@@ -114,6 +115,8 @@ def visible(
         found.update(lo=attention_mask.lo, hi=attention_mask.hi, keys=attention_mask.keys)
         found["length"] = attention_mask.shape[3]
     elif attention_mask is not None:
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise ValueError(f"attention_mask is {attention_mask.dtype} but must be boolean, or added to the scores.")
         whole = (*query.shape[:3], n)
         if attention_mask.ndim != 4 or any(a not in (1, b) for a, b in zip(attention_mask.shape, whole, strict=True)):
             raise ValueError(
@@ -149,9 +152,7 @@ def refuse(cache: Any, kwargs: dict[str, Any]) -> None:
             "hfext attention does not read the paged cache of continuous batching: use attn_implementation='sdpa'."
         )
     unknown = sorted(
-        name
-        for name, value in kwargs.items()
-        if name not in HARMLESS and isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+        name for name, value in kwargs.items() if name not in HARMLESS and value is not None and value is not False
     )
     if unknown:
         raise NotImplementedError(

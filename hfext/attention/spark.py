@@ -5,13 +5,14 @@
     o_i = sum_j w_ij v_j
 
 q1 has r numbers of a head and predicts, q2 the other D - r; Q is the quantile of the normal distribution; rows with
-c_i <= k keep all keys, and a row whose threshold nothing reaches keeps its largest score. Moments and softmax in fp32.
+c_i <= k keep all keys, and a row whose threshold nothing reaches its largest score. Moments and softmax in fp32.
 `attn_implementation="hfext_spark"` is this. It is another function than softmax attention: train a model with it.
 `attn_implementation="hfext_topk"` masks the ordinary scores of whole heads so, without a gate: for pretrained models.
 
-Both read `config.spark_attention = {"r": 64, "k": 256}`: r (D // 2 when left out), k (256), unbiased (True: the
-deviation divides by c - 1), pairs ("halves": q1 takes r / 2 numbers from the beginning of each half of a head, so that
-what rotary embeddings turn together stays together, and both parts see relative positions; "contiguous": the first r).
+Both read `config.spark_attention = {"r": 64, "k": 256}`: r (D // 2 when left out, with "halves" rounded down to an
+even number), k (256), unbiased (True: the deviation divides by c - 1), pairs ("halves": q1 takes r / 2 numbers from
+the beginning of each half of a head, so that what rotary embeddings turn together stays together, and both parts see
+relative positions; "contiguous": the first r).
 A layer whose `scaling` is not 1 / sqrt(D) scales both parts by scaling sqrt(D).
 
 Spark Transformer: Reactivating Sparsity in FFN and Attention, arXiv 2506.06644. There is no official code: the bias of

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import causal_mask_function
 
 from ..compat import is_causal as says_causal
 from ..compat import mask_parts
@@ -94,12 +95,14 @@ def stickbreaking(
         key, value (`Tensor` [batch, kv_heads, k, head_dim]): Values may have another head size.
         attention_mask (`IntervalMask`, `Tensor` or `None`): Of `stickbreaking_mask`, or boolean [batch or 1, heads or
             1, q, k], or additive with 0 and the lowest number alone. A query's own key is the last one that it sees.
+            Of a boolean or additive one query i may see the keys up to i + k - q.
 
     Returns:
         `(Tensor, None)`: [batch, q, heads, head_dim] in the dtype of `query`; weights are never made.
 
     Raises:
-        NotImplementedError: Layers that are not causal, soft cap, sinks, position bias, dropout, continuous batching.
+        NotImplementedError: Layers that are not causal, dense masks that are not (unchecked under `torch.compile`),
+            soft cap, sinks, position bias, dropout, continuous batching.
         ValueError: `output_attentions=True`, or a mask of another shape.
     """
     from hfext_stickbreaking import stickbreaking_attention
@@ -155,21 +158,46 @@ def _visible(
         mask = shown
     mask = mask.expand(*mask.shape[:2], m, n)
     last = n - mask.flip(-1).int().argmax(-1) - 1  # n - 1 where nothing is seen: it stays unseen
+    if m > 1:  # queries are the last of the keys, or further to the front where a static cache has room behind them
+        _refuse_future(mask, n - m)
     own = last.amax(1).expand(-1, m).int()
     if mask.shape[1] > 1 and not (last == own[:, None]).all():
         raise NotImplementedError(f"Heads whose masks end at different keys: {OTHERWISE}.")
     return dict(mask=mask, own=own), n
 
 
-def stickbreaking_mask(*args: Any, mask_function: Callable | None = None, **kwargs: Any) -> Any:
-    """`interval_mask`, for causal patterns alone. It also checks the options, before anything is computed."""
+def stickbreaking_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    **kwargs: Any,
+) -> IntervalMask | Tensor | None:
+    """`interval_mask`, for causal patterns alone; the dense mask of an unknown pattern is looked through for keys
+    behind their queries. It also checks the options, before anything is computed.
+
+    Under `torch.compile` patterns and dense masks are taken as they come, unchecked: there such a mask must be causal.
+    """
     StickbreakingConfig.of(kwargs.get("config"))
-    if mask_function is None:
-        return interval_mask(*args, **kwargs)
     parts = None if torch.compiler.is_compiling() else mask_parts(mask_function)
     if parts is not None and not _is_causal(parts):
         raise NotImplementedError(NOT_CAUSAL)
-    return interval_mask(*args, mask_function=mask_function, **kwargs)
+    mask = interval_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **kwargs)
+    if isinstance(mask, Tensor):
+        _refuse_future(mask, q_offset - kv_offset)
+    return mask
+
+
+def _refuse_future(mask: Tensor, offset: int | Tensor) -> None:
+    """Raise when query i of a boolean mask [..., m, n] sees a key behind i + offset. Not under `torch.compile`, which
+    cannot branch on what a tensor holds."""
+    if torch.compiler.is_compiling():
+        return
+    places = torch.arange(mask.shape[-2], device=mask.device)[:, None] + offset
+    if (mask & (torch.arange(mask.shape[-1], device=mask.device) > places)).any():
+        raise NotImplementedError(f"A mask lets queries see keys behind them. {NOT_CAUSAL}")
 
 
 def _is_causal(parts: list[tuple[str, dict]]) -> bool:

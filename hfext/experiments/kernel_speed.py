@@ -46,7 +46,7 @@ class Config:
     """
 
     kernels: tuple[str, ...] = ()
-    limit: int = 300
+    limit: int = 100
 
     def __post_init__(self):
         if self.limit <= 0:

@@ -81,6 +81,10 @@ def test_a_window_without_a_mask_holds():
         (dict(cache=object()), NotImplementedError, "continuous batching"),
         (dict(indices=torch.zeros(2)), NotImplementedError, "passes indices to its attention"),
         (dict(rel_scale=2.0), NotImplementedError, "rel_scale"),
+        (dict(rel_bias=[1.0]), NotImplementedError, "rel_bias"),
+        (dict(use_alibi=True), NotImplementedError, "use_alibi"),
+        (dict(score_mod=max), NotImplementedError, "score_mod"),
+        (dict(mode="x"), NotImplementedError, "mode"),
         (dict(softcap=-1.0), ValueError, "softcap is -1.0"),
         (dict(dropout=1.5), ValueError, "dropout_p is 1.5"),
         (dict(s_aux=torch.zeros(3)), ValueError, "sink is"),
@@ -100,6 +104,34 @@ def test_bad_arguments(change, error, words):
 def test_masks_of_a_wrong_shape(mask):
     with pytest.raises(ValueError, match="must broadcast to"):
         triton_attention(Layer(), *qkv(), mask)
+
+
+def test_masks_that_are_neither_boolean_nor_added():
+    with pytest.raises(ValueError, match="attention_mask is torch.int64"):
+        triton_attention(Layer(), *qkv(), torch.ones(2, 1, 5, 5).long())
+    model = causal("Llama", "hfext_triton")
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 4, 4\) but must be \[batch, keys\]"):
+        model(torch.ones(2, 4, dtype=torch.long), attention_mask=torch.zeros(2, 4, 4))
+
+
+@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min])
+def test_added_masks_of_padded_rows_train_by_the_kernels(least, monkeypatch):
+    model = causal("Llama", "hfext_triton")
+    ids = torch.randint(3, 96, (2, 40))
+    seen = torch.ones(40, 40).tril().bool()[None, None].repeat(2, 1, 1, 1)
+    seen[0, :, :, :35] = False
+    mask = torch.zeros(seen.shape).masked_fill(~seen, least)
+    losses = []
+    for interpret in (False, True):
+        if interpret:
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+        model.zero_grad()
+        logits = model(ids, attention_mask=mask).logits
+        loss = logits[:, 35:].square().mean()
+        loss.backward()
+        losses.append((logits[:, 35:].detach(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()))
+    for a, b in zip(*losses, strict=True):
+        assert a.isfinite().all() and (a - b).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -122,7 +154,7 @@ def test_harmless_arguments_are_taken():
     q, k, v = qkv()
     out = triton_attention(
         Layer(), q, k, v, None, position_ids=torch.arange(5), use_cache=True, cu_seq_lens_q=None, max_length_q=5,
-        output_attentions=False, num_items_in_batch=torch.tensor(3), something=None, flag=True,
+        output_attentions=False, num_items_in_batch=torch.tensor(3), something=None, flag=False,
     )  # fmt: skip
     same(out, triton_attention(Layer(), q, k, v, None))
 

@@ -31,7 +31,7 @@ def qkv(m=5, n=5, D=8):
     return tuple(torch.randn(2, h, t, D) for h, t in ((4, m), (2, n), (2, n)))
 
 
-def by_hand(q, k, v, seen, places, topk, gate=True, factor=1.0):
+def by_hand(q, k, v, seen, places, topk, gate=True, factor=1.0, unbiased=True):
     """The formula, query by query; seen [batch, m, n]."""
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     D = q.shape[-1]
@@ -46,7 +46,7 @@ def by_hand(q, k, v, seen, places, topk, gate=True, factor=1.0):
                 s = k[b, h, visible][:, places] @ q[b, h, i, places] / len(places) ** 0.5 * factor
                 if len(visible) > topk:
                     level = torch.special.ndtri(torch.tensor(1 - topk / len(visible)))
-                    chosen = s >= torch.minimum(s.mean() + s.std() * level, s.max())
+                    chosen = s >= torch.minimum(s.mean() + s.std(unbiased=unbiased) * level, s.max())
                     visible, s = visible[chosen], s[chosen]
                 w = torch.softmax(s, 0)
                 if gate:
@@ -79,6 +79,29 @@ def test_the_formula(m, n):
         assert (out - by_hand(q, k, v, seen, places, 2)).abs().max() <= 1e-6
     out, _ = topk_attention(Layer(k=2), q, k, v, None)
     assert (out - by_hand(q, k, v, seen, [*range(8)], 2, gate=False)).abs().max() <= 1e-6
+
+
+def test_the_deviation_divides_by_the_count_where_the_config_says_so():
+    q, k, v = qkv(1, 9)
+    q, k = q.expand(-1, -1, 40, -1) + 0.3 * torch.randn(2, 4, 40, 8), k.clone()
+    seen = torch.ones(2, 40, 9).bool()
+    mask = seen[:, None]
+    both = {}
+    for unbiased in (True, False):
+        out, _ = topk_attention(Layer(k=2, unbiased=unbiased), q, k, v, mask)
+        both[unbiased] = by_hand(q, k, v, seen, [*range(8)], 2, gate=False, unbiased=unbiased)
+        assert (out - both[unbiased]).abs().max() <= 1e-6
+    assert (both[True] - both[False]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("head_dim, r", [(4, 2), (6, 2), (8, 4), (10, 4)])
+def test_the_default_r_keeps_pairs_together(head_dim, r):
+    q, k, v = qkv(D=head_dim)
+    out, _ = spark_attention(Layer(k=2), q, k, v, None)
+    assert torch.equal(out, spark_attention(Layer(k=2, r=r), q, k, v, None)[0])
+    contiguous, _ = spark_attention(Layer(k=2, pairs="contiguous"), q, k, v, None)
+    same = spark_attention(Layer(k=2, r=head_dim // 2, pairs="contiguous"), q, k, v, None)[0]
+    assert torch.equal(contiguous, same)
 
 
 def test_defaults_and_the_scale_of_the_layer():

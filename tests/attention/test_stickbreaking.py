@@ -256,6 +256,46 @@ def test_bidirectional_models_are_refused():
         stickbreaking_mask(1, 4, 4, mask_function=tf.masking_utils.bidirectional_mask_function)
 
 
+def prefix(b, h, i, j):
+    return j < 2
+
+
+@pytest.mark.parametrize("use_vmap", [False, True])
+def test_dense_masks_that_see_the_future_are_refused(use_vmap):
+    masking = tf.masking_utils
+    causal_too = masking.or_masks(masking.causal_mask_function, prefix)
+    kw = dict(device="cpu", use_vmap=use_vmap)
+    with pytest.raises(NotImplementedError, match="keys behind them.*it is causal"):
+        stickbreaking_mask(1, 4, 4, mask_function=causal_too, **kw)
+    later = stickbreaking_mask(1, 4, 9, q_offset=3, mask_function=causal_too, **kw)  # the prefix lies behind
+    assert torch.equal(later[0, 0], torch.ones(4, 9).tril(3).bool())
+    far = masking.or_masks(masking.causal_mask_function, lambda b, h, i, j: j < 6)
+    for offset in (3, torch.tensor(3)):
+        with pytest.raises(NotImplementedError, match="keys behind them"):
+            stickbreaking_mask(1, 4, 9, q_offset=offset, mask_function=far, **kw)
+    odd = masking.and_masks(masking.causal_mask_function, lambda b, h, i, j: j != 1)
+    assert stickbreaking_mask(1, 4, 4, mask_function=odd, **kw).shape == (1, 1, 4, 4)
+    model = causal("Llama", NAME)
+    with pytest.raises(NotImplementedError, match="keys behind them"):
+        masking.create_causal_mask(
+            model.config, torch.zeros(1, 4, 32), attention_mask=None, past_key_values=None, or_mask_function=prefix
+        )
+
+
+def test_dense_masks_of_the_caller_that_see_the_future_are_refused():
+    q, k, v = qkv(5, 7)
+    seen = lower(5, 7)[:1, None] | (torch.arange(7) < 5)
+    ids, model = torch.arange(3, 8)[None], causal("Llama", NAME)
+    for mask in (seen, torch.zeros(1, 1, 5, 7).masked_fill(~seen, -torch.inf), torch.ones(1, 1, 1, 7).bool()):
+        with pytest.raises(NotImplementedError, match="keys behind them.*it is causal"):
+            stickbreaking(Layer(), q, k, v, mask)
+    with pytest.raises(NotImplementedError, match="keys behind them"):
+        model(ids, attention_mask=torch.ones(1, 1, 5, 5).bool())
+    dense = lower(5, 5)[:1, None]
+    assert (model(ids, attention_mask=dense).logits - model(ids).logits).abs().max() <= 1e-5
+    assert (stickbreaking(Layer(), q[:, :, :1], k, v, torch.ones(1, 1, 1, 7).bool())[0]).isfinite().all()
+
+
 def test_16_bits_and_autocast():
     exact, _ = stickbreaking(Layer(), *qkv(), None)
     for dtype in (torch.bfloat16, torch.float16):

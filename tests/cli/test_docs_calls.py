@@ -93,6 +93,7 @@ MADE = {
     "args": _args,
     "data": _data,
     "base_config": lambda d: transformers.LlamaConfig(**{**d["model"].config.to_dict(), "hidden_size": 64}),
+    "config": lambda d: d["model"].config,
     "batches": lambda d: [torch.randint(4, 60, (2, 32))],
     "student": lambda d: transformers.AutoModelForCausalLM.from_pretrained(d["path"]),
     "trainer": lambda d: transformers.Trainer(d["model"], d["args"], train_dataset=d["rows"]),

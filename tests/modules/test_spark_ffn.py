@@ -143,6 +143,31 @@ def test_training_with_checkpointing_and_saving(tmp_path):
         restore(tf.LlamaForCausalLM(again.config), tmp_path)
 
 
+def test_every_option_is_saved(tmp_path):
+    model = causal("Llama", "eager")
+    options = dict(density=0.2, r=10, unbiased=False)
+    replace_ffn(model, SparkFFN(**options))
+    model.save_pretrained(tmp_path)
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    layers = restore(again, tmp_path).modules.values()
+    assert all(vars(layer.config) == options and layer.unbiased is False for layer in layers)
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_a_vit_is_restored_under_the_names_it_is_saved_by(tmp_path, size):
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = tf.ViTForImageClassification(tf.ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    replace_ffn(model, SparkFFN(density=0.2))
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    loaded = tf.ViTForImageClassification.from_pretrained(tmp_path)
+    restore(loaded, tmp_path)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(x).logits, model(x).logits)
+
+
 def test_bad_input():
     for call, error, match in (
         (lambda: SparkFFN(density=0.0), ValueError, r"density is 0.0 but must be in \(0, 1\]"),

@@ -76,7 +76,7 @@ def cases():
     for bits in (2, 3, 4, 8):
         yield packed(bits, bits, 128)
     yield packed(4, 4, 256)
-    yield packed(2, 16, 128, ALIGNED=False)
+    yield packed(2, 16, 128, KALIGNED=False)
     yield packed(16, 4, 128, SOFTCAP=True, KEYS=True)
 
 
@@ -89,8 +89,8 @@ def packed(kbits, vbits, D, **flags):
     grids = {f"{side}_{name}": "*fp16" for side in "kv" for name in ("scale", "minimum")}
     constants = {
         **setting, "D": D, "BD": D, "BR": 16, "KBITS": kbits, "VBITS": vbits, "KGROUP": 32, "VGROUP": 32,
-        "KTOKENS": True, "VTOKENS": False, "ALIGNED": True, "INTERVAL": True, "SOFTCAP": False, "KEYS": False,
-        "UPCAST": False, "PRECISION": "ieee", "q_d": 1, **flags,
+        "KTOKENS": True, "VTOKENS": False, "KALIGNED": True, "VALIGNED": False, "INTERVAL": True, "SOFTCAP": False,
+        "KEYS": False, "UPCAST": False, "PRECISION": "ieee", "q_d": 1, **flags,
     }  # fmt: skip
     return {
         "name": f"packed keys {kbits} values {vbits} D{D} {' '.join(flags)}".strip(),

@@ -27,7 +27,7 @@ def reference(q, k, v, kw):
     off = N - M
     i, j = torch.arange(M, device=DEVICE)[:, None], torch.arange(N, device=DEVICE)[None]
     if "alibi_slopes" in kw:
-        s = s + kw["alibi_slopes"][:, None, None] * (j - i - off)
+        s = s - kw["alibi_slopes"][:, None, None] * (j - i - off).abs()
     seen = torch.ones(B, H, M, N, dtype=torch.bool, device=DEVICE)
     if kw.get("causal"):
         seen &= j <= i + off
@@ -125,6 +125,83 @@ MODIFIERS = {
 @pytest.mark.parametrize("name", MODIFIERS)
 def test_a_modifier(name):
     compare(**MODIFIERS[name])
+
+
+# Of two rows with two key heads, each with masks of its own: a wrong row, head or group shows here.
+EVERY_ROW = {
+    "keys": dict(keys=lambda: torch.rand(2, 50, device=DEVICE) > 0.4),
+    "mask": dict(mask=lambda: torch.rand(2, 4, 37, 50, device=DEVICE) > 0.4),
+    "bias of all": dict(bias=lambda: draw(1, 4, 37, 50)),
+    "bias of rows": dict(bias=lambda: draw(2, 1, 37, 50)),
+    "bias of each": dict(bias=lambda: draw(2, 4, 37, 50), causal=True),
+    "slopes": dict(alibi_slopes=lambda: draw(4).abs()),
+    "sink": dict(sink=lambda: draw(4), window=(9, 3)),
+    "dropout": dict(dropout_p=0.3, seed=lambda: torch.tensor([77], device=DEVICE), bias=lambda: draw(1, 1, 37, 50)),
+    "moving intervals": dict(
+        lo=lambda: torch.stack([torch.arange(37) // 2, torch.arange(37).clamp(max=20)]).int().to(DEVICE),
+        hi=lambda: torch.stack([torch.arange(37) + 5, torch.arange(37) + 14]).int().clamp(max=50).to(DEVICE),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_ROW)
+def test_a_modifier_of_every_row_and_head(name):
+    compare(B=2, H=4, HK=2, **EVERY_ROW[name])
+
+
+@pytest.mark.parametrize("slope", [5.0, -9.0])
+def test_steep_slopes_do_not_reach_rows_that_are_none(slope, monkeypatch):
+    leaves = [draw(1, h, n, 16).requires_grad_() for h, n in ((2, 37), (1, 120), (1, 120))]
+    slopes, results = torch.full((2,), slope, device=DEVICE), []
+    for interpret in ("1", "0") if DEVICE == "cpu" else ("1",):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        o = attention(*leaves, alibi_slopes=slopes)
+        results.append([o, *torch.autograd.grad(o.square().sum(), leaves)])
+    for a, b in zip(results[0], results[-1], strict=True):
+        assert a.isfinite().all() and (a - b).abs().max() <= 2e-3  # scores near 1000 are rounded to 6e-5
+
+
+@pytest.mark.parametrize("least", [-torch.inf, -1e38, torch.finfo(torch.float32).min])
+def test_a_bias_that_hides_whole_tiles_and_rows(least):
+    bias = torch.zeros(1, 1, 70, 130, device=DEVICE)
+    bias[..., :64] = least
+    bias[:, :, 5] = least
+    q, k, v = (draw(1, 2, n, 16).requires_grad_() for n in (70, 130, 130))
+    results = []
+    for kw in (dict(bias=bias), dict(mask=bias > -1e37)):
+        o, lse = attention(q, k, v, return_lse=True, **kw)
+        assert torch.equal(o[:, 5], torch.zeros_like(o[:, 5])) and bool((lse[:, :, 5] == -torch.inf).all())
+        results.append([o, *torch.autograd.grad(o.square().sum(), [q, k, v])])
+    with torch.no_grad():
+        results.append([attention(q[:, :, :8], k, v, bias=bias[:, :, :8])])
+    for a, b in zip(*results[:2], strict=True):
+        assert a.isfinite().all() and (a - b).abs().max() <= 2e-6
+    assert (results[2][0] - results[0][0][:, :8]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 37])
+def test_intervals_beyond_the_keys_are_cut(rows):
+    lo, hi = (torch.full((1, rows), n, device=DEVICE, dtype=torch.int32) for n in (-70, 200))
+    q, k, v = draw(1, 2, rows, 16), draw(1, 1, 50, 16), draw(1, 1, 50, 16)
+    assert torch.equal(attention(q, k, v, lo=lo, hi=hi), attention(q, k, v, lo=lo.clamp(0), hi=hi.clamp(max=50)))
+    both = torch.zeros(2, rows, device=DEVICE, dtype=torch.int32)
+    q, k, v = (x.repeat(2, 1, 1, 1) for x in (q, k, v))
+    out = attention(q, k, v, lo=both, hi=hi)  # one row of each for two of the other
+    assert torch.equal(out, attention(q, k, v, lo=both, hi=hi.repeat(2, 1)))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_places_behind_the_last_visible_key_may_hold_anything(rows):
+    q, k, v = draw(1, 2, rows, 16), draw(1, 1, 90, 16), draw(1, 1, 90, 16)
+    hi = torch.full((1, rows), 41, device=DEVICE, dtype=torch.int32)
+    expected = attention(q, k[:, :, :41], v[:, :, :41])
+    k[:, :, 41:], v[:, :, 41:] = torch.nan, torch.nan
+    assert (attention(q, k, v, lo=torch.zeros_like(hi), hi=hi) - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_sink_far_above_all_scores(parts):
+    compare(learns=False, M=2, N=90, parts=parts, sink=lambda: torch.full((2,), 300.0, device=DEVICE))
 
 
 PAIRS = [
@@ -319,13 +396,20 @@ def test_strides_are_taken_as_they_are():
     assert torch.equal(attention(q, shared, shared), attention(q, shared.contiguous(), shared.contiguous()))
 
 
-def test_nothing_to_do():
+@pytest.mark.parametrize("plain", [False, True])
+def test_nothing_to_do(plain, monkeypatch):
+    if plain:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     empty = attention(draw(1, 2, 0, 16), draw(1, 2, 5, 16), draw(1, 2, 5, 16))
     assert empty.shape == (1, 0, 2, 16)
     q = draw(1, 2, 3, 16).requires_grad_()
     none = attention(q, draw(1, 2, 0, 16), draw(1, 2, 0, 16))
     assert torch.equal(none, torch.zeros(1, 3, 2, 16, device=DEVICE))
     assert torch.equal(torch.autograd.grad(none.sum(), q)[0], torch.zeros_like(q))
+    assert attention(draw(0, 2, 3, 16), draw(0, 2, 5, 16), draw(0, 2, 5, 16)).shape == (0, 3, 2, 16)
+    sink = draw(2).requires_grad_()
+    _, lse = attention(q, draw(1, 2, 0, 16), draw(1, 2, 0, 16), sink=sink, return_lse=True)
+    assert torch.autograd.grad(lse.sum(), sink)[0].tolist() == [3.0, 3.0]
 
 
 def test_there_is_no_second_derivative_and_no_zero_in_its_place(qkv):

@@ -156,7 +156,7 @@ def test_bad_calls(call, error, words):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
-    "rows, coded_keys, coded_values, N, D, group", [(1, 32, 20, 40, 32, 32), (19, 16, 24, 30, 24, 8)]
+    "rows, coded_keys, coded_values, N, D, group", [(1, 64, 20, 70, 32, 32), (19, 16, 24, 30, 24, 8)]
 )
 def test_stored_codes_are_attended_to_as_the_whole_tensors(bits, rows, coded_keys, coded_values, N, D, group):
     from hfext_attention import PackedStates, packed_attention

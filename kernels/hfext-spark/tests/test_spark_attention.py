@@ -168,6 +168,66 @@ def test_equal_keys_are_all_kept():
         assert (o - v.mean(2, keepdim=True)).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("gate", [True, False])
+def test_small_scores_are_as_good_as_large_ones(gate, learns, monkeypatch):
+    q, k, v = draw(1, 2, 7, 8) * 1e-3, draw(1, 2, 40, 8) * 1e-3, draw(1, 2, 40, 8)
+    kw = dict(gate=gate, r=4 if gate else None)
+    exact = expected(q.double(), k.double(), v.double(), 3, **kw)
+    for _ in range(2):
+        o = spark_attention(q.clone().requires_grad_(learns), k, v, 3, **kw)
+        assert (o - exact).abs().max() <= OUT
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("topk", [1, 7])
+@pytest.mark.parametrize("unit, offset", [(1.0, 0.0), (1e-6, 0.0), (1.0, 3e5)])
+def test_forward_backward_and_decoding_keep_the_same_keys_at_any_scale_and_offset(unit, offset, topk, monkeypatch):
+    """Scores are whole numbers, times a unit, with an offset; values tell which keys are kept."""
+    torch.manual_seed(4)
+    N, D = 60, 4
+    q, k = torch.randint(-3, 4, (1, 5, 1, D)).float(), torch.randint(-3, 4, (1, 5, N, D)).float()
+    q[0, 3], k[0, 3] = torch.tensor([1.0, 0, 0, 0]), torch.arange(N).remainder(2).float()[:, None].expand(N, D)
+    q[0, 4], k[0, 4, :, 0] = torch.tensor([1.0, 0, 0, 0]), torch.arange(N).mul(17).remainder(N).float()
+    s = (q @ k.mT)[0, :, 0].double()
+    level = torch.special.ndtri(torch.tensor(1 - topk / N, dtype=torch.float64))
+    theta = s.mean(-1, keepdim=True) + s.std(-1, keepdim=True) * level
+    assert ((theta - theta.round()).abs() > 0.04).all()  # that fp32 can tell on which side a score lies at 3e5
+    kept = torch.where((s >= theta).any(-1, keepdim=True), s >= theta, s == s.amax(-1, keepdim=True))
+    assert topk > 1 or (kept[3].sum() == N // 2 and kept[4].sum() == 1)  # nothing reaches theta
+    weights = torch.softmax((s * unit).masked_fill(~kept, -torch.inf), -1)
+    q = torch.cat([q * unit, torch.full((1, 5, 1, 1), offset)], -1).to(DEVICE) * 16
+    k = torch.cat([k, torch.ones(1, 5, N, 1)], -1).to(DEVICE)
+    v = torch.eye(N, device=DEVICE).expand(1, 5, N, N).contiguous().requires_grad_()
+    for _ in range(2):
+        kw = dict(gate=False, scale=2.0**-4)
+        trained = spark_attention(q, k, v, topk, **kw)
+        (dv,) = torch.autograd.grad(trained.sum(), v)
+        decoded = [spark_attention(q, k, v.detach(), topk, **kw, parts=parts) for parts in (1, 3)]
+        for w in (trained.detach(), dv[None, :, :, :, 0], *decoded):
+            w = w[0, 0].cpu()
+            assert (w[~kept] == 0).all() and (w[kept & (weights > 1e-6)] > 0).all()
+            assert (w - weights).abs().max() <= (0.05 if offset else 2e-6)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_whose_threshold_nothing_reaches_has_a_gradient(dtype):
+    """Ninety keys of two kinds, and one wanted: the scores of the better kind are made again by each kernel."""
+    kinds = draw(1, 1, 2, 32)
+    k, q, v = kinds[:, :, torch.arange(90) % 2], draw(1, 1, 4, 32), draw(1, 1, 90, 32)
+    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
+    o = spark_attention(q, k, v, 1, gate=False)
+    better = (q @ kinds.to(dtype).mT)[0, 0].argmax(-1)
+    wanted = torch.stack([v[0, 0, b::2].float().mean(0) for b in better.tolist()])
+    assert (o[0, :, 0] - wanted).abs().max() <= (OUT if dtype == torch.float32 else 2**-7)
+    (dv,) = torch.autograd.grad(o.sum(), v)
+    counts = torch.stack([(better == b).sum() for b in (0, 1)]).float() / 45
+    assert (dv[0, 0] - counts[torch.arange(90, device=DEVICE) % 2][:, None]).abs().max() <= (
+        GRAD if dtype == torch.float32 else 2**-9
+    )
+
+
 def test_the_number_of_kept_keys_is_about_k():
     x = torch.randn(64, 4096, device=DEVICE, dtype=torch.float64)
     counts = _reference.kept(x, 256, True, None).sum(-1).double()
@@ -245,6 +305,7 @@ def test_the_plain_path_has_a_second_derivative(monkeypatch):
         (dict(r=3, halves=True), ValueError, "both must be even"),
         (dict(topk=0), ValueError, "topk is 0 but must be >= 1"),
         (dict(topk=True), TypeError, "topk is True"),
+        (dict(topk=2.5), TypeError, "topk is 2.5 but must be an integer"),
         (dict(q=torch.zeros(1, 2, 5, 8, dtype=torch.long)), TypeError, "must share one of"),
         (dict(q=torch.zeros(1, 3, 5, 8)), ValueError, "not a multiple"),
         (dict(lo=torch.zeros(1, 5, dtype=torch.int32)), ValueError, "given together"),

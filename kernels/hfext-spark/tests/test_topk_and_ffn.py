@@ -68,6 +68,39 @@ def test_scale_and_shift():
     assert (statistical_topk(4 * x + 2, 40) - 4 * y).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("unit, offset", [(1.0, 0.0), (1e-6, 0.0), (1.0, 3e5)])
+def test_hard_keeps_what_reaches_the_threshold_at_any_scale_and_offset(unit, offset, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    torch.manual_seed(3)
+    x = torch.randn(6, 700).mul(16).round() / 16
+    x[3] = x[3].tanh().mul(16).round() / 16  # nothing lies 2.9 deviations above the mean
+    x[4] = torch.arange(700).mul(377).remainder(700) / 16  # nor here, where the largest is alone
+    x[5] = torch.linspace(0, 1, 700).round()
+    for k, visible in ((1, None), (40, None), (40, torch.rand(6, 700) > 0.4)):
+        shown = torch.ones_like(x, dtype=torch.bool) if visible is None else visible
+        wanted = by_hand(x.double(), k, True, False, shown) > -torch.inf
+        top = x.masked_fill(~shown, -torch.inf).amax(-1, keepdim=True)
+        wanted = torch.where(wanted.any(-1, keepdim=True), wanted, shown & (x == top))
+        given = (x * unit + offset).to(DEVICE).requires_grad_()
+        y = statistical_topk(given, k, mode="hard", visible=None if visible is None else visible.to(DEVICE))
+        assert torch.equal((y > -torch.inf).cpu(), wanted)
+        assert torch.equal(y[wanted], given[wanted])
+        (g,) = torch.autograd.grad(y.masked_fill(~wanted.to(DEVICE), 0.0).sum(), given)
+        assert torch.equal(g.cpu(), wanted.float())
+
+
+@pytest.mark.parametrize("k", [5, 30])
+def test_a_deviation_at_its_floor_has_no_gradient(k, monkeypatch):
+    x = torch.randn(3, 40, device=DEVICE).mul_(3e-7).requires_grad_()
+    g = torch.randn(3, 40, device=DEVICE)
+    ours = torch.autograd.grad(statistical_topk(x, k), x, g)[0]
+    active = statistical_topk(x, k).detach() > 0
+    assert active.any() == (k == 30)  # below the middle the floor lets all pass
+    assert (ours - (g * active - (g * active).sum(-1, keepdim=True) / 40)).abs().max() <= 2e-6
+
+
 @pytest.mark.parametrize("mode", ["soft", "hard"])
 def test_rows_without_spread(mode):
     x = torch.full((2, 9), 2.5, device=DEVICE, requires_grad=True)
@@ -154,13 +187,39 @@ def test_the_sparse_path_equals_the_dense_one(rows, k):
     assert (learnt - exact).abs().max() <= 2e-6 * max(1.0, exact.abs().max().item())
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_plain_sparse_path_equals_the_dense_one(rows, monkeypatch):
+def test_the_plain_sparse_path_equals_the_dense_one(rows, unbiased, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     weights, x = layer(dtype=torch.float64), torch.randn(rows, 40, dtype=torch.float64)
     before = launches.copy()
-    assert (spark_ffn(x, *weights, 24) - dense(x, *weights, 24)).abs().max() <= 1e-12
+    assert (spark_ffn(x, *weights, 24, unbiased) - dense(x, *weights, 24, unbiased)).abs().max() <= 1e-12
     assert launches == before
+
+
+def test_the_sparse_path_divides_by_the_count_where_it_is_told_so():
+    weights, x = layer(units=30), torch.randn(2, 40, device=DEVICE)
+    exact = dense(x.double(), *(w.double() for w in weights), 4, False)
+    assert (spark_ffn(x, *weights, 4, False) - exact).abs().max() <= 2e-6 * max(1.0, exact.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_which_no_unit_is_active_give_zeros(dtype, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    weights, x = layer(units=60, dtype=dtype), torch.randn(4, 40, device=DEVICE, dtype=dtype)
+    x[0] = x[2] = 0
+    for rows in (x, x[:1], x[[0, 2]]):
+        y = spark_ffn(rows, *weights, 5)
+        assert y.dtype == dtype and y.shape == (len(rows), 24)
+        exact = _reference.spark_ffn(rows.double(), *(w.double() for w in weights), 5, True)
+        empty = (rows == 0).all(-1)
+        assert torch.equal(y[empty], torch.zeros_like(y[empty]))
+        assert (y - exact).abs().max() <= (2e-6 if dtype == torch.float32 else 0.1) * max(
+            1.0, exact.abs().max().item()
+        )
+    assert y.abs().max() == 0 and spark_ffn(x, *weights, 5)[1].abs().max() > 0
 
 
 def test_gradients_of_the_layer():
@@ -201,6 +260,8 @@ def test_layer_and_compilation():
         (lambda x: spark_ffn(x, x[:, :4].double(), x[:, 4:], x, 2), TypeError, "must share one of"),
         (lambda x: spark_ffn(x, x[:1, :4], x[:, 4:], x, 2), ValueError, r"must be \[d_ff, r\]"),
         (lambda x: spark_ffn(x, x[:, :4], x[:, 4:], x, 0), ValueError, "k is 0"),
+        (lambda x: spark_ffn(x, x[:, :4], x[:, 4:], x, 1.5), TypeError, "k is 1.5 but must be an integer >= 1"),
+        (lambda x: spark_ffn(x.expand(9, 2, 8), x[:, :4], x[:, 4:], x, 1.5), TypeError, "k is 1.5"),
     ],
 )
 def test_bad_arguments(call, error, match):

@@ -2,7 +2,7 @@
 
 One (batch, head) at a time, q [M, D], k [N, D], v [N, DV]:
 
-    s_ij = scale <q_i, k_j>;  s <- cap tanh(s / cap);  s <- s + bias_ij + slope (j - i - off)
+    s_ij = scale <q_i, k_j>;  s <- cap tanh(s / cap);  s <- s + bias_ij - slope |i + off - j|
     P_ij = exp(s_ij) / Z_i over the visible keys,  Z_i = sum_j exp(s_ij) [+ exp(sink)],  o_i = sum_j P_ij v_j
 
 Query i sees the keys of one interval, lo_i <= j < hi_i: causal, sliding, chunked, packed and padded attention all are
@@ -15,6 +15,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HIDDEN = tl.constexpr(-1e37)  # scores with a bias that are not above hide their pair
 
 
 @triton.jit
@@ -46,8 +47,10 @@ def _scores(
         at = bias + tl.cast(j0, tl.int64) * bias_n + (bias_at + cols * bias_n)
         s += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if ALIBI:
-        s += slope * (j - i - off).to(tl.float32)
-    if SOFTCAP or BIAS or ALIBI:
+        s -= slope * tl.abs(j - i - off).to(tl.float32)
+    if BIAS:  # what a mask of finite numbers means, whose multiple would not be finite
+        s = tl.where(s > HIDDEN, s * LOG2E, float("-inf"))
+    elif SOFTCAP or ALIBI:
         s = s * LOG2E
     if BOUND:
         s = tl.where((j >= lo) & (j < hi), s, float("-inf"))
@@ -92,8 +95,8 @@ def _rows(
 def _interval(lo, hi, rows, M, N, INTERVAL: tl.constexpr):
     """Visible keys of some rows; a row that is none sees nothing."""
     if INTERVAL:
-        first = tl.load(lo + rows, mask=rows < M, other=0)
-        last = tl.load(hi + rows, mask=rows < M, other=0)
+        first = tl.maximum(tl.load(lo + rows, mask=rows < M, other=0), 0)
+        last = tl.minimum(tl.load(hi + rows, mask=rows < M, other=0), N)
     else:
         first = tl.zeros_like(rows)
         last = tl.where(rows < M, N, 0)
@@ -137,7 +140,7 @@ def _attend(
         M, N, SOFTCAP, BIAS, MASK, KEYS, ALIBI, BOUND,
     )  # fmt: skip
     new = tl.maximum(m, tl.max(s, 1))
-    if BOUND or KEYS or MASK:
+    if BOUND or KEYS or MASK or BIAS:
         base = tl.where(new == float("-inf"), 0.0, new)
     else:
         base = new
@@ -146,7 +149,10 @@ def _attend(
     l = l * a + tl.sum(p, 1)
     if DROPOUT:
         p = p * _kept(seed, i[:, None], j0 + cols[None, :], N, p_drop)
-    vt = _rows(v, j0, cols, v_n, tl.arange(0, BDV), v_d, N, DV, DV == BDV, not BOUND, UPCAST)
+    stop = N
+    if BOUND:  # places behind the last visible key may hold anything
+        stop = tl.minimum(N, tl.max(hi, 0))
+    vt = _rows(v, j0, cols, v_n, tl.arange(0, BDV), v_d, stop, DV, DV == BDV, not BOUND, UPCAST)
     acc = tl.dot(p.to(vt.dtype), vt, acc * a[:, None], input_precision=PRECISION)
     return acc, l, new
 
@@ -297,7 +303,7 @@ def attention_query_gradient(
 
     qt = _rows(q + b * q_b + h * q_h, i0, rows, q_m, d, q_d, M, D, D == BD, False, UPCAST)
     g = _rows(do + b * do_b + h * do_h, i0, rows, do_m, tl.arange(0, BDV), do_d, M, DV, DV == BDV, False, UPCAST)
-    row_lse = tl.load(lse + bh.to(tl.int64) * M + i, mask=i < M, other=0.0)
+    row_lse = tl.load(lse + bh.to(tl.int64) * M + i, mask=i < M, other=float("inf"))
     row_delta = tl.load(delta + bh.to(tl.int64) * M + i, mask=i < M, other=0.0)
     k += b * k_b + (h // G) * k_h
     v += b * v_b + (h // G) * v_h
@@ -391,7 +397,7 @@ def attention_key_gradient(
             i = i0 + rows
             qt = _rows(q + b * q_b + h * q_h, i0, rows, q_m, d, q_d, M, D, D == BD, False, UPCAST)
             gt = _rows(do + b * do_b + h * do_h, i0, rows, do_m, e, do_d, M, DV, DV == BDV, False, UPCAST)
-            row_lse = tl.load(lse + row + i, mask=i < M, other=0.0)
+            row_lse = tl.load(lse + row + i, mask=i < M, other=float("inf"))
             row_delta = tl.load(delta + row + i, mask=i < M, other=0.0)
             row_lo, row_hi = _interval(lo, hi, i, M, N, INTERVAL)
             s = tl.dot(kt, tl.trans(qt), input_precision=PRECISION) * unit
@@ -461,7 +467,7 @@ def attention_bias_gradient(
             keys + b * keys_b,
             softcap, slope, off, M, N, SOFTCAP, True, MASK, KEYS, ALIBI, True,
         )  # fmt: skip
-        p = _weights(s, tl.load(lse + row + i, mask=i < M, other=0.0)[:, None])
+        p = _weights(s, tl.load(lse + row + i, mask=i < M, other=float("inf"))[:, None])
         dp = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
         if DROPOUT:
             seed = tl.load(seed_at) + (b * H + h).to(tl.int32)

@@ -66,8 +66,9 @@ def attention_packed(
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, ks_b, ks_h, ks_n, v_b, v_h, v_n, vs_b, vs_h, vs_n,
     lo_b, keys_b, B, H, G, M, N, first, stop, chunk, part0, k_first, v_first, scale, softcap,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
-    KGROUP: tl.constexpr, VGROUP: tl.constexpr, KTOKENS: tl.constexpr, VTOKENS: tl.constexpr, ALIGNED: tl.constexpr,
-    INTERVAL: tl.constexpr, SOFTCAP: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    KGROUP: tl.constexpr, VGROUP: tl.constexpr, KTOKENS: tl.constexpr, VTOKENS: tl.constexpr, KALIGNED: tl.constexpr,
+    VALIGNED: tl.constexpr, INTERVAL: tl.constexpr, SOFTCAP: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of keys first to stop, for some rows of a key head: as `attention_decode`. KBITS or VBITS of 16 stands
     for tokens that are not coded; their tensor begins with token k_first or v_first. Grid (parts, B HK, rows / BR)."""
@@ -113,8 +114,8 @@ def attention_packed(
             kt = _rows(k, j0 - k_first, cols, k_n, d, 1, stop - k_first, D, D == BD, False, UPCAST)
         else:
             kt = _codes(k, j, k_n, stop, D, BD, BN, KBITS).to(tl.float32)
-            kt = kt * _grid(k_scale, j0, j, ks_n, stop, KGROUP, KTOKENS, ALIGNED, D, BD, BN)
-            kt += _grid(k_minimum, j0, j, ks_n, stop, KGROUP, KTOKENS, ALIGNED, D, BD, BN)
+            kt = kt * _grid(k_scale, j0, j, ks_n, stop, KGROUP, KTOKENS, KALIGNED, D, BD, BN)
+            kt += _grid(k_minimum, j0, j, ks_n, stop, KGROUP, KTOKENS, KALIGNED, D, BD, BN)
             kt = kt.to(qt.dtype)
         s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * scale
         s, _tanh = _scores(
@@ -127,11 +128,12 @@ def attention_packed(
         a = tl.exp2(m - base)
         l = l * a + tl.sum(p, 1)
         if VBITS == 16:
-            vt = _rows(v, j0 - v_first, cols, v_n, d, 1, stop - v_first, D, D == BD, False, UPCAST)
+            seen = tl.minimum(stop, tl.max(row_hi, 0))
+            vt = _rows(v, j0 - v_first, cols, v_n, d, 1, seen - v_first, D, D == BD, False, UPCAST)
         else:
             vt = _codes(v, j, v_n, stop, D, BD, BN, VBITS).to(tl.float32)
-            vt = vt * _grid(v_scale, j0, j, vs_n, stop, VGROUP, VTOKENS, ALIGNED, D, BD, BN)
-            vt += _grid(v_minimum, j0, j, vs_n, stop, VGROUP, VTOKENS, ALIGNED, D, BD, BN)
+            vt = vt * _grid(v_scale, j0, j, vs_n, stop, VGROUP, VTOKENS, VALIGNED, D, BD, BN)
+            vt += _grid(v_minimum, j0, j, vs_n, stop, VGROUP, VTOKENS, VALIGNED, D, BD, BN)
             vt = vt.to(qt.dtype)
         acc = tl.dot(p.to(vt.dtype), vt, acc * a[:, None], input_precision=PRECISION)
         m = new

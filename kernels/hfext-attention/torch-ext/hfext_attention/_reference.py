@@ -11,6 +11,7 @@ from torch import Tensor
 
 _PHILOX = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))
 _WORD = 0xFFFFFFFF
+HIDDEN = -1e37  # scores with a bias that are not above hide their pair
 
 
 def attention(
@@ -35,12 +36,12 @@ def attention(
     `lo` and `hi` are int32 [B or 1, M], `keys` bool [B or 1, N], `mask` bool and `bias` float [B or 1, H or 1, M, N],
     `sink` and `slopes` [H].
     """
-    B, H, M, _ = q.shape
+    B, H, M, D = q.shape
     HK, N, DV = k.shape[1], k.shape[2], v.shape[3]
     kind = torch.promote_types(q.dtype, torch.float32)
     qs, ks, vs = q.to(kind), k.to(kind), v.to(kind)
     # The heads of one key head are rows of one product, so keys are not repeated.
-    s = (qs.reshape(B, HK, H // HK * M, -1) @ ks.mT).view(B, H, M, N) * scale
+    s = (qs.reshape(B, HK, H // HK * M, D) @ ks.mT).view(B, H, M, N) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
@@ -48,12 +49,17 @@ def attention(
     j = torch.arange(N, device=q.device)
     if slopes is not None:
         i = torch.arange(M, device=q.device)
-        s = s + slopes.to(kind)[:, None, None] * (j - i[:, None] - off)
+        s = s - slopes.detach().to(kind)[:, None, None] * (j - i[:, None] - off).abs()
+    if bias is not None:
+        s = s.masked_fill(s <= HIDDEN, -torch.inf)
     visible = visibility(lo, hi, keys, mask, N, q.device)
     if visible is not None:
         s = s.masked_fill(~visible, -torch.inf)
     if sink is not None:
         s = torch.cat([s, sink.to(kind)[None, :, None, None].expand(B, H, M, 1)], -1)
+    if s.shape[-1] == 0:  # no key and no sink
+        zeros = (qs.sum() + vs.sum()) * 0.0
+        return q.new_zeros(B, M, H, DV) + zeros.to(q.dtype), s.new_full((B, H, M), -torch.inf)
     top = s.detach().amax(-1, keepdim=True)
     e = (s - top.masked_fill(top == -torch.inf, 0.0)).exp()
     total = e.sum(-1, keepdim=True)
@@ -63,6 +69,8 @@ def attention(
     p = (e / total)[..., :N]
     if dropout_p:
         p = p * kept(seed, B * H, M, N, dropout_p).view(B, H, M, N).to(kind)
+    if hi is not None:  # places behind the last visible key may hold anything
+        vs = vs.masked_fill((j >= hi.amax(-1, keepdim=True))[:, None, :, None], 0.0)
     o = (p.reshape(B, HK, H // HK * M, N) @ vs).view(B, H, M, DV)
     return o.transpose(1, 2).to(q.dtype).contiguous(), lse
 

@@ -54,9 +54,10 @@ def attention(
             own counted; a pair (left, right) lets it see that many keys on each side, -1 for all. Not with `lo`.
         keys (`Tensor` bool [B or 1, N], *optional*): False hides a key, as padding does.
         mask (`Tensor` bool [B or 1, H or 1, M or 1, N], *optional*): True where a pair takes part.
-        bias (`Tensor` float [B or 1, H or 1, M or 1, N or 1], *optional*): Is added to scores; has a gradient.
+        bias (`Tensor` float [B or 1, H or 1, M or 1, N or 1], *optional*): Is added to scores; has a gradient. A score
+            of -1e37 or less after that hides its pair, as the masks of finite numbers in transformers mean it.
         sink (`Tensor` float [H], *optional*): The score of one more key with value 0; has a gradient.
-        alibi_slopes (`Tensor` float [H], *optional*): Adds slope (j - i - offset). No gradient.
+        alibi_slopes (`Tensor` float [H], *optional*): Subtracts slope |i + offset - j|. No gradient.
         offset (`int`, *optional*, defaults to N - M): Key that stands where query 0 does.
         softcap (`float`, *optional*): Scores become softcap tanh(score / softcap).
         dropout_p (`float`, *optional*, defaults to 0.0): Part of the weights that is dropped, in [0, 1).
@@ -73,17 +74,11 @@ def attention(
     N = k.shape[2]
     if offset is None:
         offset = N - M
-    if (lo is None) != (hi is None):
-        raise ValueError("lo and hi must be given together.")
     if causal or window is not None:
-        if lo is not None:
+        if lo is not None or hi is not None:
             raise ValueError("causal and window cannot be given beside lo and hi: intersect them before.")
         lo, hi = intervals(M, N, offset, causal, window, device=q.device)
-    for name, rows in (("lo", lo), ("hi", hi)):
-        if rows is not None and (rows.dtype != torch.int32 or rows.shape not in ((1, M), (B, M))):
-            raise ValueError(f"{name} is {rows.dtype} {tuple(rows.shape)} but must be int32 [{B} or 1, {M}].")
-    if keys is not None and (keys.dtype != torch.bool or keys.shape not in ((1, N), (B, N))):
-        raise ValueError(f"keys is {keys.dtype} {tuple(keys.shape)} but must be bool [{B} or 1, {N}].")
+    lo, hi = check_keys(B, M, N, lo, hi, keys)
     _check_pairs("mask", mask, q, N, (torch.bool,))
     _check_pairs("bias", bias, q, N, (*DTYPES, torch.float64))
     scale = D**-0.5 if scale is None else float(scale)
@@ -91,7 +86,7 @@ def attention(
     if dropout_p and seed is None:
         # The CPU's generator: no synchronisation, and gradient checkpointing restores it.
         seed = torch.randint(2**62, (1,)).to(q.device, non_blocking=True)
-    if not runs_kernel(q):
+    if not runs_kernel(q) or not (q.numel() and k.numel() and v.numel()):
         with torch.autocast(q.device.type, enabled=False):  # it would round the products of an fp32 formula
             o, lse = _reference.attention(
                 q, k, v, scale, lo, hi, keys, mask, bias, sink, alibi_slopes, offset, softcap, dropout_p, seed
@@ -106,7 +101,6 @@ def attention(
 def _by_kernel(q, k, v, lo, hi, keys, mask, bias, sink, slopes, scale, softcap, offset, dropout_p, seed, parts):
     from . import _autograd
 
-    lo, hi = (None, None) if lo is None else (lo.contiguous(), hi.contiguous())
     keys = None if keys is None else keys.contiguous().view(torch.uint8)
     mask = None if mask is None else mask.view(torch.uint8)
     slopes = None if slopes is None else slopes.contiguous()
@@ -139,13 +133,39 @@ def intervals(
             raise ValueError(f"window is {window} but must be >= 1: a query counts itself.")
         left = window - 1
     elif window is not None:
-        if min(window) < -1:
+        if len(window) != 2 or min(window) < -1:
             raise ValueError(f"window is {window} but its numbers must be >= 0, or -1 for all keys of a side.")
         left, right = window[0], 0 if causal else window[1]
     i = torch.arange(M, device=device, dtype=torch.int32) + offset
     lo = (i - left).clamp(0, N) if left >= 0 else torch.zeros_like(i)
     hi = (i + right + 1).clamp(0, N) if right >= 0 else torch.full_like(i, N)
     return lo[None], hi[None]
+
+
+def check_keys(
+    B: int, M: int, N: int, lo: Tensor | None, hi: Tensor | None, keys: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """lo and hi as they are read, of one shape; ValueError for what cannot be read."""
+    if (lo is None) != (hi is None):
+        raise ValueError("lo and hi must be given together.")
+    for name, rows in (("lo", lo), ("hi", hi)):
+        if rows is not None and (rows.dtype != torch.int32 or rows.shape not in ((1, M), (B, M))):
+            raise ValueError(f"{name} is {rows.dtype} {tuple(rows.shape)} but must be int32 [{B} or 1, {M}].")
+    if keys is not None and (keys.dtype != torch.bool or keys.shape not in ((1, N), (B, N))):
+        raise ValueError(f"keys is {keys.dtype} {tuple(keys.shape)} but must be bool [{B} or 1, {N}].")
+    if lo is not None and lo.shape != hi.shape:
+        lo, hi = lo.expand(B, M), hi.expand(B, M)
+    return (None, None) if lo is None else (lo.contiguous(), hi.contiguous())
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap is {softcap} but must be > 0; None for none.")
+
+
+def check_heads(name: str, x: Tensor | None, H: int) -> None:
+    if x is not None and (x.shape != (H,) or not x.is_floating_point()):
+        raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)} but must be floating point [{H}].")
 
 
 def _check(q, k, v, softcap, dropout_p, sink, slopes) -> None:
@@ -165,13 +185,11 @@ def _check(q, k, v, softcap, dropout_p, sink, slopes) -> None:
         raise ValueError(f"{H} query heads are not a multiple of {HK} key heads.")
     if not 1 <= max(D, DV) <= MAX_HEAD_DIM:
         raise ValueError(f"Head sizes {D} and {DV} must be in [1, {MAX_HEAD_DIM}]; take attn_implementation='sdpa'.")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap is {softcap} but must be > 0; None for none.")
+    check_softcap(softcap)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p} but must be in [0, 1).")
-    for name, x in (("sink", sink), ("alibi_slopes", slopes)):
-        if x is not None and (x.shape != (H,) or not x.is_floating_point()):
-            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)} but must be floating point [{H}].")
+    check_heads("sink", sink, H)
+    check_heads("alibi_slopes", slopes, H)
 
 
 def _check_pairs(name: str, x: Tensor | None, q: Tensor, N: int, dtypes: tuple) -> None:

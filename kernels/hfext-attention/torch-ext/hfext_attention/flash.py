@@ -63,7 +63,7 @@ def flash_attn_varlen_func(
             raise ValueError(f"{name} is {ends.dtype} {tuple(ends.shape)} but must be int32 [sequences + 1].")
         if not ends.is_cuda and (bool((ends.diff() < 0).any()) or int(ends[0]) != 0 or int(ends[-1]) != tokens):
             raise ValueError(f"{name} must rise from 0 to {tokens}, the tokens there are.")
-    _no_shifted_alibi(alibi_slopes, s_aux, return_attn_probs)
+    _no_shifted_alibi(alibi_slopes, causal, s_aux, return_attn_probs)
     t = torch.arange(len(q), device=q.device, dtype=torch.int32)
     own = torch.searchsorted(cu_seqlens_q, t, right=True) - 1
     first, stop = cu_seqlens_k[own], cu_seqlens_k[own + 1]
@@ -88,11 +88,13 @@ def flash_attn_with_kvcache(
     rotary_sin: Tensor | None = None,
     cache_seqlens: Tensor | int | None = None,
     cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
@@ -101,10 +103,10 @@ def flash_attn_with_kvcache(
     """Attention to a cache [batch, places, kv_heads, head_dim] of which row b holds `cache_seqlens[b]` tokens. New
     keys and values, where given, are written behind them first, in place."""
     unread = {"rotary_cos": rotary_cos, "cache_batch_idx": cache_batch_idx, "block_table": block_table}
-    for name, given in unread.items():
+    for name, given in {**unread, "cache_leftpad": cache_leftpad}.items():
         if given is not None:
             raise NotImplementedError(f"{name} is not read: apply it to the tensors before.")
-    _no_shifted_alibi(alibi_slopes, s_aux, return_softmax_lse)
+    _no_shifted_alibi(alibi_slopes, causal, s_aux, return_softmax_lse)
     B, M, N = q.shape[0], q.shape[1], k_cache.shape[1]
     held = N if cache_seqlens is None else cache_seqlens
     held = torch.as_tensor(held, device=q.device, dtype=torch.int32).expand(B)
@@ -131,8 +133,8 @@ def _window(M, N, offset, causal, window_size, q):
     return intervals(M, N, offset, causal, window_size, q.device)
 
 
-def _no_shifted_alibi(alibi_slopes, sink, lse) -> None:
-    """Its bias counts from each row's own last key, which differs from ours by a number that the softmax cancels, but
-    neither a sink nor the log-sum-exp does."""
-    if alibi_slopes is not None and (sink is not None or lse):
-        raise NotImplementedError("alibi_slopes is not possible here together with s_aux or the log-sum-exp.")
+def _no_shifted_alibi(alibi_slopes, causal, sink, lse) -> None:
+    """Its bias counts from each row's own last key. That differs from ours by a number which the softmax cancels where
+    attention is causal, but neither a sink nor the log-sum-exp does."""
+    if alibi_slopes is not None and (not causal or sink is not None or lse):
+        raise NotImplementedError("alibi_slopes needs causal=True here, and neither s_aux nor the log-sum-exp.")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .attention import check_heads, check_keys, check_softcap
+
 BITS = (2, 3, 4, 8)
 
 
@@ -90,6 +92,9 @@ def packed_attention(
     HK, N = k.shape[1], k.shape[2]
     if v.shape != k.shape or k.shape[0] != B or k.shape[3] != D or H % HK or not {k.dtype, v.dtype} == {q.dtype}:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together.")
+    lo, hi = check_keys(B, M, N, lo, hi, keys)
+    check_softcap(softcap)
+    check_heads("sink", sink, H)
     scale = D**-0.5 if scale is None else float(scale)
     ends = sorted({0, k.coded, v.coded, N})
     low = interpreted() and q.dtype != torch.float32
@@ -105,20 +110,20 @@ def packed_attention(
     part_lse = q.new_full((max(total, 1), B, H, M), -torch.inf, dtype=torch.float32)
     if not total:
         part_o.zero_()
-    lo, hi = (None, None) if lo is None else (lo.contiguous(), hi.contiguous())
     keys = None if keys is None else keys.contiguous().view(torch.uint8)
     for first, stop, chunk, part0, parts in plans:
         sides = [_side(x, first) for x in (k, v)]
         pointers = [tensor for side in sides for tensor in side["tensors"]]
         strides = [number for side in sides for number in side["strides"]]
         kb, vb = (side["bits"] for side in sides)
-        aligned = first % k.group == 0 and k.group % setting["BN"] == 0 and chunk % setting["BN"] == 0
+        aligned = [first % x.group == 0 and x.group % setting["BN"] == 0 for x in (k, v)]
         launch(
             attention_packed, (parts, B * HK, -(-(H // HK * M) // rows)),
             q, *pointers, part_o, part_lse, _or(lo, q), _or(hi, q), _or(keys, q), *q.stride(), *strides,
             _row_stride(lo), _row_stride(keys), B, H, H // HK, M, N, first, stop, chunk, part0, k.coded, v.coded,
             scale, float(softcap or 0.0), D=D, BD=_padded(D), BR=rows, KBITS=kb, VBITS=vb, KGROUP=k.group,
-            VGROUP=v.group, KTOKENS=k.along == "tokens", VTOKENS=v.along == "tokens", ALIGNED=aligned,
+            VGROUP=v.group, KTOKENS=k.along == "tokens", VTOKENS=v.along == "tokens", KALIGNED=aligned[0],
+            VALIGNED=aligned[1],
             INTERVAL=lo is not None, SOFTCAP=bool(softcap), KEYS=keys is not None, UPCAST=low, PRECISION="ieee",
             **setting,
         )  # fmt: skip

@@ -201,7 +201,7 @@ def decode(
     setting = _setting("decode", q, DV, N, r, gate, halves, False)
     chunk = chunk_of(q, B * HK, N, setting["BN"], parts)
     parts = -(-N // chunk)
-    stats = q.new_empty(4, parts, B, H, M, dtype=torch.float32)
+    stats = q.new_empty(5, parts, B, H, M, dtype=torch.float32)
     part_o = q.new_empty(parts, B, H, M, DV, dtype=torch.float32)
     part_lse = q.new_empty(parts, B, H, M, dtype=torch.float32)
     masks = [_or(lo, q), _or(hi, q), _or(keys, q), _or(mask, q)]

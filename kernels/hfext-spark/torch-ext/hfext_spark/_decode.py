@@ -29,8 +29,9 @@ def spark_moments(
     ALIGN: tl.constexpr, INTERVAL: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """stats [4, parts, B, H, M]: count, mean, sum of squared deviations and maximum of the predictor's scores, in
-    units of log 2; grid (parts, B HK). chunk is a multiple of BN."""
+    """stats [5, parts, B, H, M] of the predictor's scores, in units of log 2: count, mean of the differences from the
+    base, sum of squared deviations, maximum, and the base, one of the scores; grid (parts, B HK). chunk is a multiple
+    of BN."""
     part = tl.program_id(0)
     heads = H // G
     b = (tl.program_id(1) // heads).to(tl.int64)
@@ -52,6 +53,7 @@ def spark_moments(
     n = tl.zeros([BR], tl.float32)
     mean = tl.zeros([BR], tl.float32)
     m2 = tl.zeros([BR], tl.float32)
+    base = tl.zeros([BR], tl.float32)
     top = tl.full([BR], float("-inf"), tl.float32)
     for j0 in tl.range(start, end, BN):
         kt = _rows(k, j0, cols, k_n, d, c * k_d, N, R, R == BD1, UPCAST)
@@ -60,13 +62,14 @@ def spark_moments(
             s, i[:, None], j0, cols[None, :], row_lo[:, None], row_hi[:, None], mask, mask_at, mask_n, keys, M, N,
             MASK, KEYS,
         )  # fmt: skip
-        n, mean, m2, top = _moments(n, mean, m2, top, s)
+        n, mean, m2, top, base = _moments(n, mean, m2, top, base, s)
     step = tl.num_programs(0) * (B * H).to(tl.int64) * M
     at = stats + ((part * B + b) * H + h) * M + i
     tl.store(at, n, mask=valid)
     tl.store(at + step, mean, mask=valid)
     tl.store(at + 2 * step, m2, mask=valid)
     tl.store(at + 3 * step, top, mask=valid)
+    tl.store(at + 4 * step, base, mask=valid)
 
 
 @triton.jit
@@ -96,6 +99,7 @@ def spark_decode(
     n = tl.zeros([BR], tl.float32)
     mean = tl.zeros([BR], tl.float32)
     m2 = tl.zeros([BR], tl.float32)
+    base = tl.zeros([BR], tl.float32)
     top = tl.full([BR], float("-inf"), tl.float32)
     parts = tl.num_programs(0)
     step = parts * (B * H).to(tl.int64) * M
@@ -105,8 +109,10 @@ def spark_decode(
         mean_b = tl.load(at + step, mask=valid, other=0.0)
         m2_b = tl.load(at + 2 * step, mask=valid, other=0.0)
         top = tl.maximum(top, tl.load(at + 3 * step, mask=valid, other=float("-inf")))
-        n, mean, m2 = _merge(n, mean, m2, n_b, mean_b, m2_b)
-    theta = _threshold(n, mean, m2, top, table, UNBIASED)
+        base_b = tl.load(at + 4 * step, mask=valid, other=0.0)
+        base = tl.where(n == 0, base_b, base)
+        n, mean, m2 = _merge(n, mean, m2, n_b, mean_b + (base_b - base), m2_b)
+    theta = _threshold(n, mean, m2, top, base, table, UNBIASED)
 
     c = _first(d, D, R, HALVES, ALIGN)
     q1 = _row_tile(q + b * q_b, r, valid, h, i, q_h, q_m, d, c * q_d, R, UPCAST)

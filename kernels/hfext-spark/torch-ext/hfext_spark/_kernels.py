@@ -5,8 +5,9 @@ One (batch, head) at a time; a head's numbers are split into the predictor's par
     s_ij = scale1 <q1_i, k1_j>;   theta_i = mean_j s_ij + std_j s_ij Q(1 - k / c_i)     over the c_i visible keys
     P_ij = softmax over the keys with s_ij >= theta_i; w_ij = P_ij softplus(scale2 <q2_i, k2_j>);  o_i = sum_j w_ij v_j
 
-Pass A meets the moments of tiles of keys by Chan's formula, pass B makes the scores again. Values are not shifted by
-the threshold, so its own derivative is 0 almost everywhere, and with u_ij = <do_i, v_j>:
+Pass A meets the moments of tiles of keys by Chan's formula, of differences from one score of the row, pass B makes the
+scores again. Values are not shifted by the threshold, so its own derivative is 0 almost everywhere, and with u_ij =
+<do_i, v_j>:
 
     ds_ij = P_ij (u_ij g_ij - <do_i, o_i>),   dt_ij = P_ij u_ij sigmoid(t_ij),   t = scale2 <q2, k2>,  g = softplus(t)
 
@@ -17,8 +18,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(1e-6)
 NEAR = tl.constexpr(1e-5)
+EPS = tl.constexpr(2.0**-23)
 
 
 @triton.jit
@@ -120,25 +121,33 @@ def _merge(n, mean, m2, n_b, mean_b, m2_b):
 
 
 @triton.jit
-def _moments(n, mean, m2, top, s):
-    """Moments and maximum of rows with one more tile of scores."""
+def _moments(n, mean, m2, top, base, s):
+    """Moments and maximum of rows with one more tile of scores; base is the largest of the first tile that has any,
+    and the mean is that of the differences from it."""
     seen = s > float("-inf")
+    here = tl.max(s, 1)
+    base = tl.where((n == 0) & (here > float("-inf")), here, base)
     n_b = tl.sum(tl.where(seen, 1.0, 0.0), 1)
-    mean_b = tl.sum(tl.where(seen, s, 0.0), 1) / tl.where(n_b == 0, 1.0, n_b)
-    d = tl.where(seen, s - mean_b[:, None], 0.0)
+    d = tl.where(seen, s - base[:, None], 0.0)
+    mean_b = tl.sum(d, 1) / tl.where(n_b == 0, 1.0, n_b)
+    d = tl.where(seen, d - mean_b[:, None], 0.0)
     n, mean, m2 = _merge(n, mean, m2, n_b, mean_b, tl.sum(d * d, 1))
-    return n, mean, m2, tl.maximum(top, tl.max(s, 1))
+    return n, mean, m2, tl.maximum(top, here), base
 
 
 @triton.jit
-def _threshold(n, mean, m2, top, table, UNBIASED: tl.constexpr):
-    """theta, and just below the largest score where nothing would reach it. Everything in units of log 2."""
+def _threshold(n, mean, m2, top, base, table, UNBIASED: tl.constexpr):
+    """theta, and just below the largest score where nothing reaches it: other passes round scores otherwise. -inf
+    where scores differ by no more than that. Everything in units of log 2."""
     less = n
     if UNBIASED:
         less = n - 1.0
-    std = tl.maximum(tl.sqrt(m2 / tl.maximum(less, 1.0)), FLOOR * LOG2E)
-    theta = mean + tl.load(table + n.to(tl.int32)) * std
-    return tl.minimum(theta, top - NEAR * tl.maximum(tl.abs(top), LOG2E))
+    std = tl.sqrt(m2 / tl.maximum(less, 1.0))
+    q = tl.load(table + n.to(tl.int32))
+    size = EPS * tl.abs(top)
+    theta = mean + tl.where(q == float("-inf"), 0.0, q) * std
+    theta = tl.where(theta > top - base, top - (NEAR * std + 8 * size), base + theta)
+    return tl.where((q == float("-inf")) | (std <= 4 * size), float("-inf"), theta)
 
 
 @triton.jit
@@ -214,6 +223,7 @@ def spark_forward(
     n = tl.zeros([BM], tl.float32)
     mean = tl.zeros([BM], tl.float32)
     m2 = tl.zeros([BM], tl.float32)
+    base = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
     for j0 in tl.range(start, end, BN):
         kt = _rows(k, j0, cols, k_n, d, c * k_d, N, R, R == BD1, UPCAST)
@@ -222,8 +232,8 @@ def spark_forward(
             s, i[:, None], j0, cols[None, :], row_lo[:, None], row_hi[:, None], mask, mask_at, mask_n, keys, M, N,
             MASK, KEYS,
         )  # fmt: skip
-        n, mean, m2, m = _moments(n, mean, m2, m, s)
-    theta = _threshold(n, mean, m2, m, table, UNBIASED)
+        n, mean, m2, m, base = _moments(n, mean, m2, m, base, s)
+    theta = _threshold(n, mean, m2, m, base, table, UNBIASED)
 
     acc = tl.zeros([BM, BDV], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)

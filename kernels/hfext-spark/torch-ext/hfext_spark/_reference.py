@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FLOOR = 1e-6  # of the standard deviation
-NEAR = 1e-5  # of the largest value: what is as good as that, when nothing reaches the threshold
+FLOOR = 1e-6  # of the standard deviation, where values are shifted by the threshold
+NEAR = 1e-5  # of the deviation: a score as good as the largest, where none reaches the threshold
 _PHILOX = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))
 _WORD = 0xFFFFFFFF
 
@@ -22,8 +22,8 @@ def quantile(k: float, count: Tensor) -> Tensor:
     return torch.special.ndtri(share.clamp(min=0.0)).masked_fill(count <= k, -torch.inf)
 
 
-def moments(x: Tensor, visible: Tensor | None, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and standard deviation of the visible values of the last axis, [..., 1]."""
+def moments(x: Tensor, visible: Tensor | None, unbiased: bool, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and standard deviation, of at least `floor`, of the visible values of the last axis, [..., 1]."""
     if visible is None:
         count = torch.full_like(x[..., :1], x.shape[-1])
         mean = x.mean(-1, keepdim=True) if x.shape[-1] else torch.zeros_like(x.sum(-1, keepdim=True))
@@ -34,16 +34,26 @@ def moments(x: Tensor, visible: Tensor | None, unbiased: bool) -> tuple[Tensor, 
         mean = x.masked_fill(~visible, 0.0).sum(-1, keepdim=True) / count.clamp(min=1)
         centred = (x - mean).masked_fill(~visible, 0.0)
     variance = (centred * centred).sum(-1, keepdim=True) / (count - int(unbiased)).clamp(min=1)
-    low = variance <= FLOOR**2  # the square root has no derivative at 0
-    return count, mean, variance.masked_fill(low, FLOOR**2).sqrt()
+    low = variance <= floor**2  # the square root has no derivative at 0
+    return count, mean, variance.masked_fill(low, floor**2).sqrt()
 
 
-def threshold(x: Tensor, k: float, visible: Tensor | None, unbiased: bool) -> Tensor:
-    """mean + std Q(1 - k / count) of the visible values, [..., 1]; -inf where all are kept."""
-    count, mean, std = moments(x, visible, unbiased)
+def shift(x: Tensor, visible: Tensor | None) -> Tensor:
+    """The largest visible value, [..., 1], without a gradient; 0 where there is none."""
+    if not x.shape[-1]:
+        return x.new_zeros(*x.shape[:-1], 1)
+    top = (x if visible is None else x.masked_fill(~visible, -torch.inf)).detach().amax(-1, keepdim=True)
+    return top.masked_fill(top == -torch.inf, 0.0)
+
+
+def threshold(
+    x: Tensor, k: float, visible: Tensor | None, unbiased: bool, floor: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """mean + std Q(1 - k / count) of the visible values, -inf where all are kept, and std; both [..., 1]."""
+    count, mean, std = moments(x, visible, unbiased, floor)
     q = quantile(k, count).to(x.dtype)
     all_kept = q == -torch.inf
-    return (mean + q.masked_fill(all_kept, 0.0) * std).masked_fill(all_kept, -torch.inf)
+    return (mean + q.masked_fill(all_kept, 0.0) * std).masked_fill(all_kept, -torch.inf), std
 
 
 def statistical_topk(x: Tensor, k: float, unbiased: bool, soft: bool, visible: Tensor | None) -> Tensor:
@@ -51,22 +61,29 @@ def statistical_topk(x: Tensor, k: float, unbiased: bool, soft: bool, visible: T
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     if not soft:
         return x.masked_fill(~kept(y.detach(), k, unbiased, visible), -torch.inf)
-    theta = threshold(y, k, visible, unbiased)
+    shifted = y - shift(y, visible)
+    theta, _ = threshold(shifted, k, visible, unbiased, FLOOR)
     all_kept = theta == -torch.inf
-    out = torch.where(all_kept, y, (y - theta.masked_fill(all_kept, 0.0)).relu())
+    out = torch.where(all_kept, y, (shifted - theta.masked_fill(all_kept, 0.0)).relu())
     if visible is not None:
         out = out.masked_fill(~visible, 0.0)
     return out.to(x.dtype)
 
 
-def kept(x: Tensor, k: float, unbiased: bool, visible: Tensor | None) -> Tensor:
-    """Which visible values reach the threshold; where none does, those next to the largest. bool, as x."""
-    theta = threshold(x, k, visible, unbiased)
-    if not x.shape[-1]:
-        return torch.ones_like(x, dtype=torch.bool)
-    top = (x if visible is None else x.masked_fill(~visible, -torch.inf)).amax(-1, keepdim=True)
-    theta = torch.minimum(theta, top - NEAR * top.abs().clamp(min=1.0))
-    found = x >= theta
+def kept(x: Tensor, k: float, unbiased: bool, visible: Tensor | None, again: bool = False) -> Tensor:
+    """Which visible values reach the threshold; where none does, the largest. bool, as x.
+
+    again: For scores that others make again, rounded otherwise: where none reaches the threshold those within rounding
+    of the largest stay as well, and all stay where they differ by no more than that."""
+    top = shift(x, visible)
+    x = x - top
+    theta, std = threshold(x, k, visible, unbiased)
+    near = torch.zeros_like(std)
+    if again:
+        size = torch.finfo(x.dtype).eps * top.abs()
+        theta = theta.masked_fill(std <= 4 * size, -torch.inf)
+        near = NEAR * std + 8 * size
+    found = x >= torch.where(theta > 0, -near, theta)
     return found if visible is None else found & visible
 
 
@@ -113,7 +130,7 @@ def attention(
     else:
         s = product(qs, ks) * scale
     visible = visibility(lo, hi, keys, mask, N, q.device)
-    chosen = kept(s.detach(), topk, unbiased, visible)
+    chosen = kept(s.detach(), topk, unbiased, visible, again=True)
     s = s.masked_fill(~chosen, -torch.inf)
     top = s.detach().amax(-1, keepdim=True) if N else s.new_zeros(B, H, M, 1)
     e = (s - top.masked_fill(top == -torch.inf, 0.0)).exp()
@@ -164,6 +181,9 @@ def spark_ffn_by_rows(x: Tensor, k1: Tensor, k2: Tensor, v: Tensor, k: int, unbi
     out = []
     for row, h in zip(x, hidden):
         (active,) = torch.nonzero(h, as_tuple=True)
+        if not len(active):  # no bag for `embedding_bag`
+            out.append(v.new_zeros(1, v.shape[1]))
+            continue
         h = F.gelu(h.index_select(0, active)) * torch.mv(k2.index_select(0, active), row[r:])
         out.append(F.embedding_bag(active[None], v, per_sample_weights=h[None], mode="sum"))
     return torch.cat(out)

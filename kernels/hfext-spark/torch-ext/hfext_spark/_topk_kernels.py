@@ -3,13 +3,15 @@
     theta = mean + std Q(1 - k / c) over the c visible values of a row;  y = max(x - theta, 0), or x where x >= theta
     dx_j = g_j [y_j > 0] - G (1 / c + Q (x_j - mean) / ((c - 1) std)),  G = sum_j g_j [y_j > 0]   (c without unbiased)
 
-Moments of blocks are joined by Chan's formula, in fp32.
+Moments of blocks are joined by Chan's formula, in fp32, of differences from a base: one of the row's values.
 """
 
 import triton
 import triton.language as tl
 
-from ._kernels import FLOOR, NEAR, _merge
+from ._kernels import _merge
+
+FLOOR = tl.constexpr(1e-6)
 
 
 @triton.jit
@@ -24,26 +26,34 @@ def _block(x, mask, j, width, stride, mask_stride, MASK: tl.constexpr):
 
 @triton.jit
 def _statistics(
-    x, mask, width, stride, mask_stride, table, UNBIASED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Count, mean, std, quantile, theta and maximum of one row."""
+    x, mask, width, stride, mask_stride, table,
+    SOFT: tl.constexpr, UNBIASED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one row: count, base, and of the differences from it mean, std, quantile, theta and maximum."""
     n = 0.0
+    base = 0.0
     mean = 0.0
     m2 = 0.0
     top = float("-inf")
     for j0 in range(0, width, BLOCK):
         value, seen = _block(x, mask, j0 + tl.arange(0, BLOCK), width, stride, mask_stride, MASK)
         n_b = tl.sum(tl.where(seen, 1.0, 0.0), 0)
-        mean_b = tl.sum(tl.where(seen, value, 0.0), 0) / tl.maximum(n_b, 1.0)
-        d = tl.where(seen, value - mean_b, 0.0)
+        here = tl.max(tl.where(seen, value, float("-inf")), 0)
+        base = tl.where((n == 0) & (n_b > 0), here, base)
+        d = tl.where(seen, value - base, 0.0)
+        mean_b = tl.sum(d, 0) / tl.maximum(n_b, 1.0)
+        d = tl.where(seen, d - mean_b, 0.0)
         n, mean, m2 = _merge(n, mean, m2, n_b, mean_b, tl.sum(d * d, 0))
-        top = tl.maximum(top, tl.max(tl.where(seen, value, float("-inf")), 0))
+        top = tl.maximum(top, here)
     less = n
     if UNBIASED:
         less = n - 1.0
-    std = tl.maximum(tl.sqrt(m2 / tl.maximum(less, 1.0)), FLOOR)
+    std = tl.sqrt(m2 / tl.maximum(less, 1.0))
+    if SOFT:
+        std = tl.maximum(std, FLOOR)
     q = tl.load(table + n.to(tl.int32))
-    return n, mean, std, q, mean + q * std, top
+    theta = tl.where(q == float("-inf"), q, mean + tl.where(q == float("-inf"), 0.0, q) * std)
+    return n, base, mean, std, q, theta, top - base
 
 
 @triton.jit
@@ -51,26 +61,30 @@ def topk_forward(
     x, y, mask, table, stats, rows, width, x_row, x_col, mask_row, mask_col,
     SOFT: tl.constexpr, UNBIASED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, width] of one row, and mean, std, quantile and theta of it [4, rows]; grid (rows)."""
+    """y [rows, width] of one row, and [5, rows] of it: base, and of the differences from the base mean,
+    std, quantile and theta; grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
     x += row * x_row
     mask += row * mask_row
     y += row * width
-    n, mean, std, q, theta, top = _statistics(x, mask, width, x_col, mask_col, table, UNBIASED, MASK, BLOCK)
+    n, base, mean, std, q, theta, top = _statistics(
+        x, mask, width, x_col, mask_col, table, SOFT, UNBIASED, MASK, BLOCK
+    )
     if not SOFT:
-        theta = tl.minimum(theta, top - NEAR * tl.maximum(tl.abs(top), 1.0))
-    tl.store(stats + row, mean)
-    tl.store(stats + rows + row, std)
-    tl.store(stats + 2 * rows + row, q)
-    tl.store(stats + 3 * rows + row, theta)
+        theta = tl.minimum(theta, top)
+    tl.store(stats + row, base)
+    tl.store(stats + rows + row, mean)
+    tl.store(stats + 2 * rows + row, std)
+    tl.store(stats + 3 * rows + row, q)
+    tl.store(stats + 4 * rows + row, theta)
     for j0 in range(0, width, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
         value, seen = _block(x, mask, j, width, x_col, mask_col, MASK)
         if SOFT:
-            shifted = tl.maximum(value - tl.where(theta == float("-inf"), 0.0, theta), 0.0)
+            shifted = tl.maximum((value - base) - tl.where(theta == float("-inf"), 0.0, theta), 0.0)
             out = tl.where(seen, tl.where(theta == float("-inf"), value, shifted), 0.0)
         else:
-            out = tl.where(seen & (value >= theta), value, float("-inf"))
+            out = tl.where(seen & (value - base >= theta), value, float("-inf"))
         tl.store(y + j, out.to(y.dtype.element_ty), mask=j < width)
 
 
@@ -85,10 +99,11 @@ def topk_backward(
     g += row * g_row
     dx += row * width
     mask += row * mask_row
-    mean = tl.load(stats + row)
-    std = tl.load(stats + rows + row)
-    q = tl.load(stats + 2 * rows + row)
-    theta = tl.load(stats + 3 * rows + row)
+    base = tl.load(stats + row)
+    mean = tl.load(stats + rows + row)
+    std = tl.load(stats + 2 * rows + row)
+    q = tl.load(stats + 3 * rows + row)
+    theta = tl.load(stats + 4 * rows + row)
     n = width.to(tl.float32)
     if MASK:
         n = tl.load(count + row)
@@ -99,7 +114,7 @@ def topk_backward(
             j = j0 + tl.arange(0, BLOCK)
             value, seen = _block(x, mask, j, width, x_col, mask_col, MASK)
             grad = tl.load(g + j * g_col, mask=j < width, other=0.0).to(tl.float32)
-            total += tl.sum(tl.where(seen & (value > theta), grad, 0.0), 0)
+            total += tl.sum(tl.where(seen & (value - base > theta), grad, 0.0), 0)
         less = n
         if UNBIASED:
             less = n - 1.0
@@ -111,6 +126,7 @@ def topk_backward(
         j = j0 + tl.arange(0, BLOCK)
         value, seen = _block(x, mask, j, width, x_col, mask_col, MASK)
         grad = tl.load(g + j * g_col, mask=j < width, other=0.0).to(tl.float32)
+        value = value - base
         if SOFT:
             out = tl.where(value > theta, grad, 0.0) - total * (1.0 / tl.maximum(n, 1.0) + slope * (value - mean))
         else:
@@ -145,13 +161,14 @@ def ffn_compact(
     s += row * units
     index += row * units
     h += row * units
-    n, mean, std, q, theta, top = _statistics(s, s, units, 1, 0, table, UNBIASED, False, BLOCK)
-    shift = tl.where(theta == float("-inf"), 0.0, theta)
+    n, base, mean, std, q, theta, top = _statistics(s, s, units, 1, 0, table, True, UNBIASED, False, BLOCK)
     least = tl.where(theta == float("-inf"), theta, 0.0)  # where all are kept, negative ones are active too
+    base = tl.where(theta == float("-inf"), 0.0, base)
+    shift = tl.where(theta == float("-inf"), 0.0, theta)
     found = 0
     for j0 in range(0, units, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
-        value = tl.load(s + j, mask=j < units, other=0.0) - shift
+        value = (tl.load(s + j, mask=j < units, other=0.0) - base) - shift
         active = (j < units) & (value > least)
         here = active.to(tl.int32)
         place = found + tl.cumsum(here, 0) - here

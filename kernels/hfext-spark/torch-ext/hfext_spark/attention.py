@@ -37,11 +37,13 @@ def spark_attention(
     Spark attention, w_ij = softmax_j(topk(<q1_i, k1_j> / sqrt(r))) softplus(<q2_i, k2_j> / sqrt(D - r)); without the
     gate, softmax_j(topk(scale <q_i, k_j>)).
 
-    topk keeps the scores >= mean + std Q(1 - k / c), moments over the c keys that the query sees: about k of them, all
-    where c <= k, and those within 1e-5 of the largest where no score is so high. Kept scores are not shifted. A query
-    that sees no key gives 0. Gradients are the same in every run (no atomics); that of the threshold is 0 almost
-    everywhere and left out, exactly. There is no second derivative of the kernels: torch raises; the plain path on the
-    CPU has one.
+    topk keeps the scores >= theta = mean + std Q(1 - k / c), moments over the c keys that the query sees, of
+    differences from one of their scores: about k of them, and all where c <= k or where scores differ by no more than
+    rounding (std <= 2^-21 |largest|). Where no score reaches theta the largest stays, with those within
+    1e-5 std + 2^-20 |largest| of it: the pass that reads values and the backward pass make scores again.
+    Kept scores are not shifted. A query that sees no key gives 0. Gradients are the same in every run (no atomics);
+    that of the threshold is 0 almost everywhere and left out, exactly. There is no second derivative of the kernels:
+    torch raises; the plain path on the CPU has one.
 
     Args:
         q (`Tensor` [B, H, M, D]): Queries, of any strides; fp32, bf16 or fp16, D <= 256.
@@ -68,7 +70,7 @@ def spark_attention(
     Returns:
         `Tensor` [B, M, H, DV], contiguous, in the dtype of `q`.
     """
-    check_k("topk", topk)
+    check_k("topk", topk, whole=True)
     _check(q, k, v, r, gate, halves, dropout_p)
     B, H, M, D = q.shape
     N = k.shape[2]

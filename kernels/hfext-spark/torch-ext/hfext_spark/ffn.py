@@ -28,10 +28,10 @@ def spark_ffn(x: Tensor, k1: Tensor, k2: Tensor, v: Tensor, k: int, unbiased: bo
         k1 (`Tensor` [d_ff, r]): The predictor.
         k2 (`Tensor` [d_ff, d_model - r]): What gates an active unit.
         v (`Tensor` [d_ff, d_out]): Values, by rows.
-        k (`int`): About how many units a token uses, >= 1; from d_ff on all of them, unshifted.
+        k (`int`): About how many units a token uses, a whole number >= 1; from d_ff on all of them, unshifted.
         unbiased (`bool`, *optional*, defaults to `True`): See `statistical_topk`.
     """
-    check_k("k", k)
+    check_k("k", k, whole=True)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         kind = torch.get_autocast_dtype(x.device.type)
         x, k1, k2, v = x.to(kind), k1.to(kind), k2.to(kind), v.to(kind)
@@ -40,7 +40,7 @@ def spark_ffn(x: Tensor, k1: Tensor, k2: Tensor, v: Tensor, k: int, unbiased: bo
     rows = x.reshape(-1, x.shape[-1])
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, k1, k2, v))
     if not learns and 0 < len(rows) <= FEW_ROWS and k < len(k1) and not torch.compiler.is_compiling():
-        return decode(rows, k1, k2, v, int(k), unbiased).view(*x.shape[:-1], v.shape[1])
+        return decode(rows, k1, k2, v, k, unbiased).view(*x.shape[:-1], v.shape[1])
     hidden = statistical_topk(F.linear(x[..., :r], k1), k, unbiased)
     return (F.gelu(hidden) * F.linear(x[..., r:], k2)) @ v
 

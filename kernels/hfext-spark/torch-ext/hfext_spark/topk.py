@@ -22,11 +22,11 @@ def statistical_topk(
     """
     About the k largest values of each row of the last axis, found from mean and standard deviation without sorting.
 
-    theta = mean + std Q(1 - k / c), over the c visible values of a row, Q the normal quantile; moments in fp32, std at
-    least 1e-6. "soft" gives max(x - theta, 0), with gradients through mean and std; "hard" gives x where x >= theta
-    and -inf elsewhere, whose threshold has a gradient of 0 almost everywhere. Rows with c <= k keep all, unshifted.
-    Where the threshold lies above the largest value "soft" gives zeros and "hard" keeps the values within 1e-5 of the
-    largest (relative to it, where it is above 1).
+    theta = mean + std Q(1 - k / c), over the c visible values of a row, Q the normal quantile; moments in fp32, of
+    differences from a value of the row, so that a common offset costs none of their digits. "soft" gives
+    max(x - theta, 0), with std at least 1e-6 and gradients through mean and std; "hard" gives x where x >= theta and
+    -inf elsewhere, whose threshold has a gradient of 0 almost everywhere. Rows with c <= k keep all, unshifted. Where
+    the threshold lies above the largest value "soft" gives zeros and "hard" keeps the largest, each of equal ones.
 
     Args:
         x (`Tensor` [..., d]): fp32, bf16 or fp16; fp64 in plain torch.
@@ -57,10 +57,10 @@ def statistical_topk(
     return forward(rows, mask, float(k), unbiased, mode == "soft")[0].view(x.shape)
 
 
-def check_k(name: str, k: float) -> None:
-    """Raise unless k is a number >= 1."""
-    if isinstance(k, bool) or not isinstance(k, (int, float)):
-        raise TypeError(f"{name} is {k!r} but must be a number >= 1.")
+def check_k(name: str, k: float, whole: bool = False) -> None:
+    """Raise unless k is a number, or an integer, >= 1."""
+    if isinstance(k, bool) or not isinstance(k, int if whole else (int, float)):
+        raise TypeError(f"{name} is {k!r} but must be {'an integer' if whole else 'a number'} >= 1.")
     if not k >= 1:
         raise ValueError(f"{name} is {k} but must be >= 1.")
 
@@ -78,12 +78,12 @@ def quantiles(k: float, count: int, device: torch.device) -> Tensor:
 
 @torch.library.custom_op(add_op_namespace_prefix("topk_forward"), mutates_args=())
 def forward(x: Tensor, mask: Maybe, k: float, unbiased: bool, soft: bool) -> Tuple[Tensor, Tensor]:  # noqa: UP006
-    """y as x [rows, width], contiguous, and fp32 [4, rows] of statistics; mask is uint8."""
+    """y as x [rows, width], contiguous, and fp32 [5, rows] of statistics; mask is uint8."""
     from ._topk_kernels import topk_forward
 
     rows, width = x.shape
     y = x.new_empty(rows, width)
-    stats = x.new_empty(4, rows, dtype=torch.float32)
+    stats = x.new_empty(5, rows, dtype=torch.float32)
     if y.numel() == 0:
         return y, stats.zero_()
     shown = x if mask is None else mask
@@ -96,7 +96,7 @@ def forward(x: Tensor, mask: Maybe, k: float, unbiased: bool, soft: bool) -> Tup
 
 @forward.register_fake
 def _(x, mask, k, unbiased, soft):
-    return x.new_empty(x.shape), x.new_empty(4, x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(5, x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("topk_backward"), mutates_args=())

@@ -214,7 +214,7 @@ def test_the_example_forgets(tmp_path, monkeypatch):
     assert "gold" in attack["missing"] and len(attack["unlearned"]) == 2
 
 
-def test_the_example_attends_prunes_and_grows():
+def test_the_example_attends_prunes_and_grows(tmp_path):
     seen = []
     names = {"print": seen.append}
     exec(compile(_python(README, 6), "README.md", "exec"), names)
@@ -223,3 +223,18 @@ def test_the_example_attends_prunes_and_grows():
     assert model.config.num_local_experts == 4 and config._attn_implementation == "hfext_triton"
     assert seen and "4" in str(seen[0])
     assert names["small"](names["ids"]).logits.isfinite().all()
+    learnt = [p for name, p in names["vit"].named_parameters() if name.endswith("numerator_bias")]
+    assert len(learnt) == 4 and all(p.grad.abs().max() > 0 for p in learnt)
+    names["vit"].save_pretrained(tmp_path)
+    again, x = type(names["vit"]).from_pretrained(tmp_path).eval(), torch.randn(1, 3, 32, 32)
+    hfext.modules.flashkat.restore(again, tmp_path)
+    assert torch.equal(again(x).logits, names["vit"].eval()(x).logits)
+
+
+def test_the_shapes_that_attention_takes_and_gives():
+    from hfext_attention import attention
+
+    text = " ".join(README.read_text().split())
+    assert "keys and values as [batch, heads, tokens, dim] and returns [batch, tokens, heads, dim]" in text
+    x = torch.randn(2, 3, 5, 8)
+    assert attention(x, x, x, causal=True).shape == (2, 5, 3, 8)

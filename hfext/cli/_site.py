@@ -12,6 +12,7 @@ import yaml
 
 from .. import recipe, registry
 from . import _site_method, _site_pages
+from ._site_folder import replaced
 
 # Opened from disk a page may start no worker, which the theme's search wants: a hidden frame does its work there.
 _WORKER = """\
@@ -58,16 +59,14 @@ _STYLE = """\
 .md-typeset h1 { font-weight: 600; }
 """
 _STYLE_PATH = "assets/site.css"
-# Written into a folder that this module made, so that no folder of the user's is ever emptied.
-MARK = ".hfext-docs"
 
 
 def build(folder: Path, group: Any) -> int:
-    """Write the site to `folder`, which is emptied if it holds an earlier one; the number of its pages.
+    """Write the site to `folder`, in the place of an earlier one if that is all it holds; the number of its pages.
 
     Raises:
         `ImportError`: MkDocs or its theme is missing.
-        `ValueError`: The folder holds something else, or a page has a broken link.
+        `ValueError`: The folder holds something else, or a page has a broken link. Nothing was changed.
     """
     try:
         import material  # noqa: F401
@@ -76,13 +75,8 @@ def build(folder: Path, group: Any) -> int:
         from mkdocs.exceptions import MkDocsException
     except ImportError as error:
         raise ImportError("the site needs mkdocs-material: pip install 'hfext[docs]'") from error
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise ValueError(f"{folder} holds files that are not of an earlier site: name an empty folder.")
-    pages = all_pages(group)
-    with tempfile.TemporaryDirectory() as scratch:
-        source, made = Path(scratch, "docs"), Path(scratch, "site")
+    with replaced(folder) as made, tempfile.TemporaryDirectory() as scratch:
+        pages, source = all_pages(group), Path(scratch, "docs")
         for name, text in {**pages, _STYLE_PATH: _STYLE, _WORKER_PATH: _WORKER}.items():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_text(text, encoding="utf-8")
@@ -96,11 +90,8 @@ def build(folder: Path, group: Any) -> int:
             render(config)
         except MkDocsException as error:
             raise ValueError(f"the site could not be built: {error}") from error
-        (made / MARK).touch()
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(made, folder)
+        # For a server that has the site at its root; elsewhere its links lead nowhere.
+        (made / "404.html").unlink(missing_ok=True)
     return len(pages)
 
 

@@ -54,19 +54,30 @@ def doctor(
 
 def _artifact(artifact: str, revision: str | None) -> int:
     """Look at a folder, a file of generation fields, or the small files of a repository."""
-    from ..hub._needs import fetch_light, needs_of
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    from ..hub._needs import damage_of, fetch_light, needs_of
     from ..hub._record import HUB_ID
 
     path, whole = Path(artifact), True
     if path.is_file():
         return _saved_fields(path)
     if not path.exists() and HUB_ID.fullmatch(artifact) and "/" in artifact:
-        with user_errors(OSError, ValueError):
-            path, whole = fetch_light(artifact, revision), False
+        with user_errors(ValueError):
+            try:
+                path, whole = fetch_light(artifact, revision), False
+            except OSError as error:
+                why = "no such repository on the Hub (or it is private, and `hf auth login` is needed)."
+                absent = isinstance(error.__cause__, RepositoryNotFoundError)
+                typer.echo(f"hfext: There is no folder {artifact} here, and {why if absent else error}", err=True)
+                return 2
     if not path.is_dir():
-        typer.echo(f"hfext: {path} does not exist.", err=True)
+        also = "" if "/" in artifact else "; a repository of the Hub is called user/name"
+        typer.echo(f"hfext: There is no folder {path} here{also}.", err=True)
         return 2
     found = needs_of(path)
+    if whole:
+        found.problems += [text for text in damage_of(path) if text not in found.problems]
     fields = path / "generation_config.json"
     if not (found.rows or found.problems or fields.is_file()):
         typer.echo(f"hfext: {path} has nothing that says what it is.", err=True)
@@ -81,6 +92,8 @@ def _artifact(artifact: str, revision: str | None) -> int:
         worst = max(worst, _saved_fields(path))
     for text in found.ignored:
         typer.echo(f"transformers alone ignores {text}" if not text.startswith("It was written") else text)
+    for text in found.refused:
+        typer.echo(f"transformers alone refuses {text}")
     for problem in found.problems:
         typer.echo(f"hfext: {problem}", err=True)
     typer.echo("\nThis installation can serve it." if worst == 0 else "\nThis installation cannot serve it.")
@@ -132,7 +145,7 @@ def _saved_fields(path: Path) -> int:
             raise ValueError(f"it holds a {type(config).__name__} and not the fields of a generation config.")
         fields = decoding.active_fields(config)
         samplers = decoding.make_samplers(config)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         typer.echo(f"hfext: {file}: {error}", err=True)
         return 1
     for name, value in fields.items():

@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 # Methods of these families only shape the training: what they leave behind loads without hfext.
 TRAINING_ONLY = ("optim", "schedule", "unlearning", "training", "losses")
 LOADS_ALONE = (*TRAINING_ONLY, "metrics")
+PLAIN_MODULES = ("uncurl", "wta_crs")  # modules that leave plain weights under plain names
 PLOTS = "plots"
 
 _OWN_LICENCE = "apache-2.0"  # of the results that hfext ships
+
+
+def loads_alone(method: registry.Method) -> bool:
+    """Whether transformers without hfext reads what a method leaves behind."""
+    return (method.family in LOADS_ALONE or method.name in PLAIN_MODULES) and not method.after_load
 
 
 def model_card(
@@ -33,7 +39,7 @@ def model_card(
     """The card of a folder with `hfext.json`, of a kernel or `custom_generate` folder, or of a method by its name.
 
     Args:
-        artifact (`str` or `Path`): The folder, or the name.
+        artifact (`str` or `Path`): The folder, or the name; a folder with the name of a method is `./NAME`.
         repo_id (`str`, *optional*): What the reader is told to load; the folder's name by default.
         license (`Mapping`, *optional*): As `licence_of` finds it; by default that of the record, or of the base where
             the Hub or the cache can tell it.
@@ -42,7 +48,7 @@ def model_card(
 
     folder = Path(artifact)
     extra: dict[str, Any] = {}
-    if folder.is_dir():
+    if is_folder(artifact):
         name = repo_id or folder.resolve().name
         load = loading(folder, name)
         record = _record_of(folder, load["kind"])
@@ -57,6 +63,7 @@ def model_card(
         record = {"methods": [str(artifact)], "base_model": None, "config": {}, "results": [], "versions": {}}
         license = license or licence_of(None, _OWN_LICENCE)
     license = license or record.get("license") or licence_of(record["base_model"])
+    record = {**record, "results": _shown(record["results"]), "config": _shown(record["config"])}
     methods = [registry.get(method) for method in record["methods"]]
     results = {m.name: recipe.read_result(m.name) or {} for m in methods}
     for implementation in (m.name for m in methods if f'attn_implementation="{m.name}"' in m.usage):
@@ -64,6 +71,13 @@ def model_card(
         load["lines"] = [line.replace(f'("{name}")', named) for line in load["lines"]]
     # A kernel and a `custom_generate` folder are source that runs by itself.
     weights = load["kind"] not in ("method", "kernel", "custom_generate")
+    after_load = list(dict.fromkeys(m.after_load for m in methods if m.after_load and weights))
+    if any(re.search(r"\bfolder\b", line) for line in after_load):
+        # What it reads are files: those of a repository are fetched first.
+        where = f'hfext.hub.fetch("{name}")' if "/" in name else f'"{name}"'
+        lines = [line.replace(f'("{name}"', "(folder") for line in load["lines"]]
+        at = next((i for i, line in enumerate(lines) if "(folder" in line), len(lines))
+        load["lines"] = [*lines[:at], f"folder = {where}", *lines[at:]]
     body = (
         _templates()
         .get_template("base.md.jinja")
@@ -76,8 +90,8 @@ def model_card(
             plots={m.name: sorted(plots_of([m.name])) for m in methods},
             families=list(dict.fromkeys(m.family for m in methods)),
             config=yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True) if record["config"] else "",
-            needs_import=weights and any(m.family not in LOADS_ALONE or m.after_load for m in methods),
-            after_load=list(dict.fromkeys(m.after_load for m in methods if m.after_load and weights)),
+            needs_import=weights and not all(loads_alone(m) for m in methods),
+            after_load=after_load,
             load=load,
             record=record,
             license=license,
@@ -90,6 +104,24 @@ def model_card(
     )
     body = re.sub(r"\n{3,}", "\n\n", body)
     return ModelCard(f"---\n{_metadata(name, methods, record, load, license)}\n---\n\n{body}")
+
+
+def is_folder(artifact: Any) -> bool:
+    """Whether a folder is meant: a bare name of a method is the method, also where a folder is called so."""
+    named = isinstance(artifact, str) and artifact in {method.name for method in registry.methods()}
+    return isinstance(artifact, str | Path) and not named and Path(artifact).is_dir()
+
+
+def _shown(value: Any) -> Any:
+    """Texts that neither end a line of a table nor a block of code, and are no tags of a template."""
+    if isinstance(value, Mapping):
+        return {_shown(key): _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"\s*[\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+\s*", " ", value).replace("```", "'''")
+    return re.sub(r"(?<=\{)(?=[{%#])|(?<=[}%#])(?=\})", " ", value)
 
 
 def plots_of(methods: Any) -> dict[str, Path]:

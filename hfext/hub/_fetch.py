@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..compat import hub_failures, line_failed
-from ._files import PICKLES, Refused, check_file, leads_out
+from ._content import may_be_pickle
+from ._files import FOREIGN, PICKLES, STATE, WEIGHTS, Refused, check_file, leads_out
 
 BLOCK = 1 << 20
 ATTEMPTS = 4
@@ -29,7 +30,8 @@ def fetch(
 
     `huggingface_hub` compares the sizes of files with what was announced; this compares their hashes too, and refuses
     names that lead out of the folder, pickles, and safetensors that are not whole. A damaged file is taken out of the
-    cache, so that the next call fetches it again. Pickles are not downloaded at all.
+    cache, so that the next call fetches it again. Pickles, archives and weights of other frameworks are not
+    downloaded at all; where there are no others, this is an error.
 
     Args:
         repo_id (`str`): `user/name`.
@@ -44,6 +46,13 @@ def fetch(
     from ._record import RECORD, read_record
 
     folder = download(repo_id, revision, token, allow_patterns, ignore_patterns)
+    # The cache is shared: what another program downloaded of this revision lies in the same folder.
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name.lower().endswith(PICKLES) or may_be_pickle(path):
+            raise Refused(
+                f"{path} is a pickle, which can run code where it is loaded. An earlier download of another program "
+                "left it in the cache: delete it and call again."
+            )
     if (folder / RECORD).is_file():
         try:
             read_record(folder)
@@ -69,7 +78,15 @@ def download(
     for name in names:
         if leads_out(name):
             raise Refused(f"{repo_id} has a file called {name!r}, which leads out of its folder.")
-    pickles = [name for name in names if name.lower().endswith(PICKLES)]
+    pickles = [name for name in names if name.lower().endswith((*PICKLES, *FOREIGN))]
+    asked = {"allow_patterns": allow_patterns, "ignore_patterns": [*ignore_patterns, *STATE]}
+    weights = [name for name in filter_repo_objects(pickles, **asked) if name.lower().endswith((*WEIGHTS, *FOREIGN))]
+    if weights and not any(name.lower().endswith((".safetensors", ".gguf")) for name in names):
+        shown = ", ".join(weights[:3])
+        raise Refused(
+            f"{repo_id} has its weights only as pickles or in forms that are not read here ({shown}): ask its owner "
+            "for safetensors."
+        )
     left_out = [*map(glob.escape, pickles), *ignore_patterns]
     wanted = {"revision": revision, "token": token, "allow_patterns": allow_patterns, "ignore_patterns": left_out}
     folder = Path(_reached(repo_id, lambda: snapshot_download(repo_id, **wanted)))
@@ -131,7 +148,7 @@ def delay_after(error: BaseException | None, attempt: int) -> float | None:
         response = getattr(error, "response", None)
         if response is not None:
             named = response.headers.get("Retry-After", "")
-            delay = float(named) if named.isdigit() else 2.0**attempt
+            delay = float(named) if re.fullmatch("[0-9]{1,9}", named) else 2.0**attempt
             return delay if response.status_code in PASSING and delay <= LONGEST else None
         if line_failed(error):
             return 2.0**attempt

@@ -2,10 +2,14 @@
 
 import fnmatch
 import json
+import math
+import re
 import struct
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from ._content import why_not
 
 # What the Trainer leaves beside a model to go on with: not part of the model, and mostly pickles.
 STATE = (
@@ -15,7 +19,20 @@ STATE = (
 )  # fmt: skip
 ALWAYS_HOME = ("training_args.bin",)  # a pickle with the token in it, which nothing needs to resume
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
+FOREIGN = (".h5", ".hdf5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".pb")  # other frameworks'
+PRIVATE = (
+    ".env", ".env.*", ".netrc", "_netrc", "token", "token.txt", "hf_token*", ".hf_token*", "stored_tokens",
+    ".git-credentials", ".pypirc", ".npmrc", "id_rsa", "id_ed25519", "id_ecdsa", "*.pem",
+)  # fmt: skip
+_TOKEN = re.compile(rb"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}")
 INDEX = ".safetensors.index.json"
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
 HEADER_LIMIT = 100_000_000  # of safetensors, as the format has it
 
 
@@ -41,6 +58,9 @@ def files_of(folder: str | Path, ignore_patterns: Sequence[str] = ()) -> dict[st
         if path.is_symlink():
             raise Refused(f"{path} is a link: copy the file that it points to.")
         if path.is_file():
+            if leads_out(name):
+                raise Refused(f"{str(path)!r} is a name that leads out of a folder on some system: rename it.")
+            _check_private(path)
             check_file(path)
             found[name] = path
     if not found:
@@ -52,20 +72,35 @@ def files_of(folder: str | Path, ignore_patterns: Sequence[str] = ()) -> dict[st
     return found
 
 
+def _check_private(path: Path) -> None:
+    """`Refused` for files that hold passwords by their name, and for small ones in which a token of the Hub stands."""
+    if any(fnmatch.fnmatch(path.name.lower(), name) for name in PRIVATE):
+        raise Refused(f"{path} is a file for passwords and tokens: leave it out by ignore_patterns.")
+    if path.stat().st_size <= 1 << 20 and _TOKEN.search(path.read_bytes()):
+        raise Refused(f"{path} holds what looks like a token of the Hub: take it out, it would be published.")
+
+
 def check_file(path: Path) -> None:
-    """`Refused` for a pickle, whatever it is called, and for safetensors that are not whole."""
-    with open(path, "rb") as file:
-        start = file.read(16)
-    pickled = start[:1] == b"\x80" and len(start) > 1 and 2 <= start[1] <= 5
-    if path.suffix.lower() in PICKLES or pickled or _holds_pickle(path, start):
+    """`Refused` for a pickle and what may hold one, whatever it is called, and for safetensors that are not whole."""
+    why = (
+        "is a pickle, which can run code where it is loaded" if path.name.lower().endswith(PICKLES) else why_not(path)
+    )
+    if why is not None:
         raise Refused(
-            f"{path} is a pickle, which can run code where it is loaded. Save tensors as safetensors and settings as "
-            "JSON, or leave it out by ignore_patterns."
+            f"{path} {why}. Save tensors as safetensors and settings as JSON, or leave it out by ignore_patterns."
         )
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         check_safetensors(path)
     if path.name.endswith(INDEX):
         shards_of(path)
+
+
+def json_of(path: Path) -> Any:
+    """The JSON of a file; `ValueError` for everything that is none, also for one nested too deeply to be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply.") from None
 
 
 def leads_out(name: str) -> bool:
@@ -77,23 +112,13 @@ def leads_out(name: str) -> bool:
 def shards_of(path: Path) -> list[str]:
     """The files that the index of a checkpoint names; `Refused` when one of them leads out of the folder."""
     try:
-        shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        shards = sorted(set(json_of(path)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(f"{path} is damaged: it cannot be read as an index of weights.") from error
     for shard in shards:
         if not isinstance(shard, str) or leads_out(shard):
             raise Refused(f"{path} names {shard!r}, which leads out of its folder.")
     return shards
-
-
-def _holds_pickle(path: Path, start: bytes) -> bool:
-    if not start.startswith(b"PK\x03\x04"):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith((".pkl", ".pickle")) for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return False
 
 
 def check_safetensors(path: Path) -> None:
@@ -105,9 +130,10 @@ def check_safetensors(path: Path) -> None:
             raise Refused(f"{path} is damaged: it ends before its header does.")
         try:
             header = json.loads(file.read(length))
-            spans = sorted(tuple(about["data_offsets"]) for name, about in header.items() if name != "__metadata__")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Refused(f"{path} is damaged: its header cannot be read ({type(error).__name__}).") from error
+            spans = sorted(_span(name, about) for name, about in header.items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            detail = str(error) if isinstance(error, _Span) else f"its header cannot be read ({type(error).__name__})"
+            raise Refused(f"{path} is damaged: {detail}.") from error
     at = 0
     for begin, end in spans:
         if begin != at or end < begin:
@@ -115,3 +141,19 @@ def check_safetensors(path: Path) -> None:
         at = end
     if at != size - 8 - length:
         raise Refused(f"{path} is damaged: {at} bytes of tensors are announced and {size - 8 - length} are there.")
+
+
+class _Span(ValueError):
+    pass
+
+
+def _span(name: str, about: Any) -> tuple[int, int]:
+    """Where a tensor lies; `ValueError` unless that is what its shape and type need."""
+    offsets, shape = about["data_offsets"], about["shape"]
+    whole = isinstance(offsets, list) and isinstance(shape, list) and len(offsets) == 2
+    if not whole or not all(type(x) is int and 0 <= x < 2**63 for x in (*offsets, *shape)):
+        raise _Span(f"the place or the shape of {name[:100]!r} is none")
+    bits = _BITS.get(about["dtype"]) if isinstance(about["dtype"], str) else None
+    if bits is not None and math.prod(shape) * bits != 8 * (offsets[1] - offsets[0]) and offsets[0] <= offsets[1]:
+        raise _Span(f"{name[:100]!r} has {offsets[1] - offsets[0]} bytes, which its shape and type do not have")
+    return offsets[0], offsets[1]

@@ -15,6 +15,10 @@ GENERATE = "custom_generate/generate.py"
 EDITION = 5  # of kernel folders
 COMPILED = (".so", ".o", ".a", ".cubin", ".fatbin", ".ptx", ".pyd", ".dll", ".dylib", ".pyc", ".whl")
 
+# What a config of a model says by itself: keys and model types of hfext, and the methods that wrote them.
+CONFIG_METHODS = {"hfext_mup": "mup", "hfext_gr_kan": "flashkat", "hfext_spark_ffn": "spark_ffn"}
+MODEL_TYPES = {"hfext_tokenformer": "tokenformer"}
+
 _PIPELINES = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
@@ -64,7 +68,10 @@ def loading(folder: str | Path, name: str) -> dict[str, Any]:
         loader = _ADAPTERS.get(_json(folder / "adapter_config.json").get("task_type"), "AutoPeftModel")
         found["lines"] = [f"from peft import {loader}", "", f'model = {loader}.from_pretrained("{name}")']
     elif kind == "model":
-        loader = ([*(_json(folder / "config.json").get("architectures") or []), "AutoModel"])[0]
+        config = _json(folder / "config.json")
+        loader = ([*(config.get("architectures") or []), "AutoModel"])[0]
+        if config.get("model_type") in MODEL_TYPES:  # the class is not one of transformers
+            loader = "AutoModelForCausalLM" if loader.endswith("ForCausalLM") else "AutoModel"
         found["lines"] = [f"from transformers import {loader}", "", f'model = {loader}.from_pretrained("{name}")']
     elif kind == "kernel":
         package = read_kernel(folder)["package"]
@@ -185,7 +192,7 @@ def _toml(path: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise Refused(f"{path} holds a {type(found).__name__} and not the fields of a config.")

@@ -1,7 +1,8 @@
 """The licence of an artifact: what its base's card says, with the terms of a restricted base; never a guess.
 
 It is looked for in this order: what the user says, the card in the folder the base was loaded from, the Hub, the card
-in the cache of `huggingface_hub`. Where none says one, it is `unknown`, which the Hub knows as a licence.
+in the cache of `huggingface_hub` where the Hub could not be asked. What a restricted base asks of its readers is kept
+also beside a licence that the user states. Where none says one, it is `unknown`, which the Hub knows as a licence.
 """
 
 import os
@@ -10,8 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..compat import hub_failures
 from ._fetch import patient, reason
+
+logger = logging.get_logger(__name__)
 
 UNKNOWN = "unknown"
 TERMS = "extra_gated_"  # fields of a card: what a restricted repository asks of its readers
@@ -41,14 +46,40 @@ def licence_of(
         found = _read({"license": given} if isinstance(given, str) else given, base_model, "its owner")
         if found is None:
             raise ValueError(f"license is {given!r} but must be an id such as 'apache-2.0', or a mapping with one.")
-        return found
+        if isinstance(given, Mapping) and isinstance(given.get("license_source"), str):
+            found["license_source"] = given["license_source"]
+        # Whoever may choose a licence may not take back what the base asks of its readers.
+        return {**_terms(_of_base(base_model, base_folder, token, patiently=False)), **found}
+    return _of_base(base_model, base_folder, token)
+
+
+def _of_base(
+    base_model: str | None, base_folder: str | Path | None, token: str | bool | None, patiently: bool = True
+) -> dict[str, Any]:
+    """What is known of a base. When the Hub does not answer, this is an error, or (not `patiently`) is said."""
+    beside: dict[str, Any] = {}
     if base_folder is not None and (Path(base_folder) / "README.md").is_file():
-        found = _read(_metadata(Path(base_folder) / "README.md"), base_model, "the card beside the base")
+        card = _metadata(Path(base_folder) / "README.md")
+        found, beside = _read(card, base_model, "the card beside the base"), _terms(card)
         if found is not None:
             return found
     if base_model is None:
-        return {"license": UNKNOWN}
-    return _on_hub(base_model, token) or _in_cache(base_model) or {"license": UNKNOWN}
+        return {"license": UNKNOWN, **beside}
+    try:
+        found = _on_hub(base_model, token)
+    except OSError as error:
+        if patiently:
+            raise
+        logger.warning(f"{error} If it asks something of its readers, the card must say so.")
+        found = None
+    # The card in the cache may be an old one: it counts where the Hub could not be asked.
+    return {**beside, **(found or _in_cache(base_model) or {"license": UNKNOWN})}
+
+
+def _terms(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a restricted repository asks of its readers."""
+    found = {"gated": str(card["gated"]).lower()} if card.get("gated") else {}
+    return found | {key: value for key, value in card.items() if str(key).startswith(TERMS) and value is not None}
 
 
 def is_on_hub(base_model: str, token: str | bool | None = None) -> bool:
@@ -86,10 +117,7 @@ def _read(card: Mapping[str, Any], base_model: str | None, source: str) -> dict[
         found["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link.lstrip('./')}"
     if license == "other":
         found.setdefault("license_name", UNKNOWN)
-    if card.get("gated"):
-        found["gated"] = str(card["gated"]).lower()
-    found |= {key: value for key, value in card.items() if str(key).startswith(TERMS) and value is not None}
-    return found | ({"license_source": source} if source else {})
+    return found | _terms(card) | ({"license_source": source} if source else {})
 
 
 def _metadata(path: Path) -> Mapping[str, Any]:
@@ -118,9 +146,8 @@ def _on_hub(base_model: str, token: str | bool | None) -> dict[str, Any] | None:
         ) from error
     card = {} if info.card_data is None else info.card_data.to_dict()
     gated = {"gated": info.gated} if info.gated else {}
-    return _read({**card, **gated}, base_model, "the base's card on the Hub") or (
-        {"license": UNKNOWN, **gated} if gated else None
-    )
+    card = {**card, **gated}
+    return _read(card, base_model, "the base's card on the Hub") or {"license": UNKNOWN, **_terms(card)}
 
 
 def _in_cache(base_model: str) -> dict[str, Any] | None:
@@ -133,4 +160,5 @@ def _in_cache(base_model: str) -> dict[str, Any] | None:
         return None
     if not isinstance(path, str | os.PathLike):
         return None
-    return _read(_metadata(Path(path)), base_model, "the base's card")
+    card = _metadata(Path(path))
+    return _read(card, base_model, "the base's card") or {"license": UNKNOWN, **_terms(card)}

@@ -10,29 +10,45 @@ from typing import Any
 from .. import compression, decoding, registry
 from .._fields import VERSION, newer
 from ..decoding._generation_fields import FIELDS
-from ._card import LOADS_ALONE
+from ._card import loads_alone
 from ._fetch import download
-from ._files import Refused
-from ._kinds import kind_of, read_kernel, requirements_of
+from ._files import INDEX, Refused, check_safetensors, shards_of
+from ._kinds import CONFIG_METHODS, MODEL_TYPES, kind_of, read_kernel, requirements_of
 from ._record import RECORD, read_record
 
 # All that is asked is in these; weights and vocabularies stay where they are.
 LIGHT = ("*.json", "*.py", "*.toml", "*.md", "custom_generate/requirements.txt")
+# What plain transformers makes of the keys that methods leave in a config.
+_KEYS = {
+    "hfext_mup": "the parametrisation of mup: the outputs are wrong without the line above.",
+    "hfext_gr_kan": "the coefficients of GR-KAN (hfext_gr_kan): it lists them as UNEXPECTED and then runs with the "
+    "plain activations.",
+    "hfext_spark_ffn": "the layers of Spark FFN (hfext_spark_ffn): it lists them as UNEXPECTED, and the MLPs in their "
+    "place have random weights.",
+    "spark_attention": "spark_attention without a word and attends to every key, unless attn_implementation names "
+    "hfext_spark or hfext_topk after `import hfext`.",
+    "stickbreaking_attention": "stickbreaking_attention without a word and runs softmax attention, unless "
+    "attn_implementation names hfext_stickbreaking after `import hfext`.",
+}
 _HEAVY = ("tokenizer.json", "vocab.json", "*.index.json", "added_tokens.json", "special_tokens_map.json")
 
 
 @dataclasses.dataclass
 class Needs:
-    """`rows` for a table, `ignored` by plain transformers, and `problems`, for which it cannot be served here."""
+    """`rows` for a table, what plain transformers `ignored` or is `refused` for, and `problems`, for which it cannot
+    be served here."""
 
     kind: str
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     ignored: list[str] = dataclasses.field(default_factory=list)
+    refused: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def need(self, package: str, why: str, at_least: str | None = None, optional: bool = False) -> None:
         """One package, with the version that is here; a missing one is a problem unless it is `optional`."""
         here = _version(package)
+        if any(row["needs"] == package and row["for"] == why for row in self.rows):
+            return  # the record and the config say the same
         self.rows.append({"needs": package, "made with": at_least, "here": here or "not installed", "for": why})
         if here is None and not optional:
             self.problems.append(f"{package} is not installed: `pip install {package}`.")
@@ -70,6 +86,23 @@ def needs_of(folder: str | Path) -> Needs:
     return found
 
 
+def damage_of(folder: str | Path) -> list[str]:
+    """What is broken of the files of a whole folder: weights, their index, and what our kinds are described by."""
+    found = []
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        try:
+            if path.suffix.lower() == ".safetensors":
+                check_safetensors(path)
+            if path.name.endswith(INDEX):
+                missing = [shard for shard in shards_of(path) if not (path.parent / shard).is_file()]
+                found += [f"{path} names {shard}, which is not there." for shard in missing[:1]]
+            if path.name in ("ngram_store.json", "kv_prediction.json"):
+                _json(path)
+        except (OSError, ValueError) as error:
+            found.append(str(error))
+    return found
+
+
 def _of_record(folder: Path, found: Needs) -> dict[str, str]:
     if not (folder / RECORD).is_file():
         return {}
@@ -83,8 +116,9 @@ def _of_record(folder: Path, found: Needs) -> dict[str, str]:
             found.problems.append(f"hfext here has no method {name!r}. {registry.suggest(name, known)}")
         elif method.after_load:
             found.need("hfext", f"{name}: run {method.after_load} after loading", versions.get("hfext"))
-            found.ignored.append(f"the parametrisation of {name}: the outputs are wrong without the line above.")
-        elif method.family not in LOADS_ALONE:
+            what = "modules" if method.family == "modules" else "parametrisation"
+            found.ignored.append(f"the {what} of {name}: the outputs are wrong without the line above.")
+        elif not loads_alone(method):
             found.need("hfext", name, versions.get("hfext"))
             if method.family == "attention":
                 found.ignored.append(f"the attention of {name}, unless attn_implementation names it.")
@@ -109,9 +143,40 @@ def _of_config(config: dict[str, Any], found: Needs, versions: dict[str, str]) -
         found.problems.append(f"transformers here has no model type {kind!r}: update transformers.")
     if config.get("auto_map"):
         found.rows.append({"needs": "trust_remote_code=True", "made with": None, "here": "", "for": "code of its own"})
+    _of_own(config, found, versions)
     about = config.get("quantization_config")
     if isinstance(about, dict):
         _of_quantiser(about, found)
+
+
+def _of_own(config: dict[str, Any], found: Needs, versions: dict[str, str]) -> None:
+    """What methods wrote into a config, also into that of a part of the model."""
+    made_with = versions.get("hfext")
+    kind = config.get("model_type")
+    if kind in MODEL_TYPES:
+        found.need("hfext", MODEL_TYPES[kind], made_with)
+        found.refused.append(
+            f'its model type {kind!r}, which only `import hfext` registers: ValueError, "does not recognize this '
+            'architecture".'
+        )
+    for key, text in _KEYS.items():
+        if not config.get(key):
+            continue
+        if key in CONFIG_METHODS:
+            name = CONFIG_METHODS[key]
+            found.need("hfext", f"{name}: run {registry.get(name).after_load} after loading", made_with)
+        else:
+            found.need("hfext", f"{key}: name attn_implementation when loading", made_with)
+        if text not in found.ignored:
+            found.ignored.append(text)
+    for key in ("attn_implementation", "_attn_implementation"):
+        name = config.get(key)
+        if isinstance(name, str) and name.startswith("hfext_"):
+            found.need("hfext", f"{key} = {name!r}", made_with)
+            found.refused.append(f'{name!r}, which only `import hfext` registers: ValueError, "is not supported".')
+    for part, value in config.items():
+        if isinstance(value, dict) and part != "quantization_config":
+            _of_own(value, found, versions)
 
 
 def _of_quantiser(about: dict[str, Any], found: Needs) -> None:
@@ -207,7 +272,7 @@ def _version(package: str) -> str | None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise Refused(f"{path}: it holds a {type(found).__name__} and not the fields of a config.")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,24 +19,28 @@ from ..compat import hub_failures
 from ..decoding.ngram_store import NGramStore
 from ..kv_cache._config import KVCacheConfig
 from ..kv_cache.kv_prediction import KVPredictor
-from ._card import model_card, plots_of
+from ._card import is_folder, model_card, plots_of
 from ._fetch import delay_after, hash_of, patient, reason
-from ._files import files_of
-from ._kinds import base_of, check_kind, kind_of
+from ._files import files_of, json_of
+from ._kinds import CONFIG_METHODS, MODEL_TYPES, base_of, check_kind, kind_of
 from ._licence import is_on_hub, licence_of
-from ._record import HUB_ID, RECORD, is_evaluation, read_record, save_record
+from ._licence_ids import warn_of_licence
+from ._record import HUB_ID, RECORD, is_evaluation, read_record, save_record, without_texts
+from ._settings import refuse_tokens
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
 logger = logging.get_logger(__name__)
 
+LARGEST = 1 << 30  # bytes of JSON that are looked into
+
 
 def push_to_hub(
     artifact: Any,
     repo_id: str,
     *,
-    methods: Sequence[str] = (),
+    methods: str | Sequence[str] = (),
     tokenizer: Any = None,
     base_model: str | None = None,
     relation: str | None = None,
@@ -58,8 +63,8 @@ def push_to_hub(
             `KVPredictor`, or the name of a method, whose result and card are published. A folder may be that of a
             saved model or adapter, of a kernel (with `build.toml`), or one with `custom_generate/generate.py`.
         repo_id (`str`): `user/name`; made if it is not there.
-        methods (`Sequence[str]`, *optional*): What made it, for `hfext.json` and the card, where neither the folder's
-            record nor the config of the model says so.
+        methods (`str` or `Sequence[str]`, *optional*): What made it, for `hfext.json` and the card, where neither the
+            folder's record nor the config of the model says so.
         tokenizer (*optional*): Saved beside a model.
         base_model, relation, config, results (*optional*): As in [`save_record`]. A model that came from the Hub and
             an adapter say themselves what they were made from. Of what [`hfext.unlearning.evaluate`] returned the
@@ -75,10 +80,14 @@ def push_to_hub(
 
     Raises:
         `Refused`: A pickle, a link, damaged safetensors, or a kernel that could not be loaded.
-        `ValueError`: Nothing says which methods made the artifact.
+        `ValueError`: Nothing says which methods made the artifact, or something in the record looks like a token.
         `OSError`: The Hub could not be reached, or did not take it. The repository is as it was.
     """
+    if not re.fullmatch(r"[^/\s]+/[^/\s]+", str(repo_id)):
+        raise ValueError(f"repo_id is {repo_id!r} but must be 'user/name'.")
     about = {"base_model": base_model, "relation": relation, "config": config, "results": results}
+    methods = [methods] if isinstance(methods, str) else methods
+    warn_of_licence(license)
     with _staged(artifact, repo_id, tokenizer, methods, about, license, token) as (folder, added):
         what = folder.resolve().name if isinstance(artifact, str | Path) else type(artifact).__name__
         message = commit_message or f"Upload {what} with hfext"
@@ -99,13 +108,26 @@ def publish(
     """One commit of what may be published of a folder, and of files that were made for it, as text or as paths."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    operations = [CommitOperationAdd(name, path) for name, path in files_of(folder, ignore_patterns).items()]
-    operations = [op for op in operations if op.path_in_repo not in added]
-    operations += [
-        CommitOperationAdd(name, made if isinstance(made, Path) else io.BytesIO(made.encode()))
-        for name, made in added.items()
-    ]
+    whole = {**files_of(folder, ignore_patterns), **added}
+    operations = [CommitOperationAdd(name, _content_of(name, made)) for name, made in whole.items()]
     return _commit(HfApi(token=token), repo_id, operations, message, private, revision, create_pr)
+
+
+def _content_of(name: str, made: str | Path) -> Path | io.BytesIO:
+    """What is sent of a file: of an evaluation the numbers alone, since its rows hold what was to be forgotten."""
+    if isinstance(made, str):
+        return io.BytesIO(made.encode())
+    if not name.lower().endswith(".json") or made.stat().st_size > LARGEST or b'"rows"' not in made.read_bytes():
+        return made
+    try:
+        found = json_of(made)
+    except ValueError:
+        return made
+    named = name.lower().rpartition("/")[2] == "evaluation.json" and isinstance(found, dict) and "rows" in found
+    if not named and not is_evaluation(found):
+        return made
+    logger.warning(f"{name} is the result of an evaluation: its rows hold texts and are not published.")
+    return io.BytesIO((json.dumps(without_texts(found), indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -120,10 +142,10 @@ def _staged(
 ) -> Iterator[tuple[Path, dict[str, str | Path]]]:
     """The folder of an artifact, and files that are made for it and stand in no folder of the user's."""
     with contextlib.ExitStack() as stack:
-        given = isinstance(artifact, str | Path) and Path(artifact).is_dir()
+        given = is_folder(artifact)
         folder = Path(artifact) if given else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if isinstance(artifact, str | Path) and not given:
-            registry.get(str(artifact))  # a KeyError names what is near
+            _check_name(artifact)
             result = recipe.read_result(str(artifact))
             if result is None:
                 raise FileNotFoundError(f"{artifact} has no result to publish: run `hfext verify {artifact}` first.")
@@ -153,6 +175,18 @@ def _staged(
         yield folder, made_for(folder, repo_id, known, about, license, origin, token, bool(methods))
 
 
+def _check_name(artifact: str | Path) -> None:
+    """An error for what is neither a folder nor a method; a KeyError names a method that is near."""
+    name, known = str(artifact), [method.name for method in registry.methods()]
+    if name in known:
+        return
+    near = registry.suggest(name, known)
+    near = f" {near}" if near.startswith("Did you mean") else " `hfext list` shows the methods."
+    if isinstance(artifact, Path) or "/" in name or "\\" in name:
+        raise FileNotFoundError(f"There is no folder {name}.")
+    raise KeyError(f"There is no folder {name!r} here and no method of that name.{near}")
+
+
 def origin_of(artifact: Any) -> str | None:
     """What a model was loaded from: an id of the Hub, or a folder."""
     model = artifact.get_base_model() if hasattr(artifact, "peft_config") else getattr(artifact, "base", artifact)
@@ -175,7 +209,8 @@ def made_for(
         if named or license is not None or any(value is not None for value in about.values()):
             raise ValueError(f"{folder} has an {RECORD} already: change that, or push without methods and results.")
         record = read_record(folder)
-        licence = record.get("license") or licence_of(record["base_model"], token=token)
+        refuse_tokens(record, RECORD)
+        licence = licence_of(record["base_model"], record.get("license"), token=token)
         return _card_of(folder, repo_id, licence, record["methods"])
     if not methods and kind in ("kernel", "custom_generate"):
         licence = None if license is None else licence_of(None, license)
@@ -202,8 +237,7 @@ def made_for(
         save_record(copy, methods, **about, license=licence)
         made: dict[str, str | Path] = {RECORD: (copy / RECORD).read_text(encoding="utf-8")}
         if is_evaluation(about["results"]):
-            found = {key: value for key, value in about["results"].items() if key != "rows"}
-            made["evaluation.json"] = json.dumps(plain(found), indent=2) + "\n"
+            made["evaluation.json"] = json.dumps(plain(without_texts(about["results"])), indent=2) + "\n"
         if not own_card(folder):
             made |= {"README.md": str(model_card(copy, repo_id)), **plots_of(methods)}
         return made
@@ -245,14 +279,20 @@ def own_card(folder: Path) -> bool:
 
 
 def methods_of(folder: str | Path) -> list[str]:
-    """Names of the methods that the config of a saved model names: quantised weights, a compressed cache, muP."""
+    """Names of the methods that the config of a saved model names: quantised weights, a compressed cache, replaced
+    modules, a model class of ours, muP."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         return []
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json_of(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    config = config if isinstance(config, dict) else {}
     about = config.get("quantization_config") or {}
     parts = [about, about.get("weights") or {}, about.get("kv_cache") or {}]
-    names = [part.get("method") for part in parts] + ["mup" if config.get("hfext_mup") else None]
+    names = [part.get("method") for part in parts] + [MODEL_TYPES.get(config.get("model_type"))]
+    names += [name for key, name in CONFIG_METHODS.items() if config.get(key)]
     known = {method.name for method in registry.methods()}
     return [name for name in dict.fromkeys(names) if name in known]
 

@@ -9,7 +9,6 @@ is in the same commit, with its state, as was asked for.
 
 import contextlib
 import inspect
-import math
 import os
 import shutil
 import sys
@@ -27,16 +26,11 @@ from ..compat import hub_failures, patch_method, pushes_of, wait_for_pushes
 from ._fetch import reason
 from ._files import ALWAYS_HOME, files_of
 from ._push import made_for, methods_of, origin_of, own_card, publish
-from ._record import RECORD
+from ._record import RECORD, is_finite
+from ._settings import training_settings
 
 logger = logging.get_logger(__name__)
 
-# What of the arguments made the weights; no paths, and no token.
-_SETTINGS = (
-    *("objective", "objective_args", "anchor", "optim", "optim_args", "learning_rate", "lr_scheduler_type"),
-    *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "seed", "bf16", "fp16"),
-)
 OURS = b"library_name: hfext"
 HOME = ("_*", "checkpoint-*/*")  # of the output folder, as the stock Trainer has it
 _ROLES = ("optim", "schedule", "unlearning", "training", "losses", "kv_cache")
@@ -77,8 +71,7 @@ def _optimizers(trainer: Trainer) -> Iterator[Any]:
 
 def settings_of(trainer: Trainer) -> dict[str, Any]:
     """The arguments that made the weights, as JSON types."""
-    given = trainer.args.to_dict()
-    return {name: given[name] for name in _SETTINGS if given.get(name) not in (None, "", {})}
+    return training_settings(trainer.args.to_dict())
 
 
 def results_of_trainer(trainer: Trainer, dataset: str | None = None, prefix: str = "eval_") -> list[dict[str, Any]]:
@@ -104,7 +97,7 @@ def results_of_trainer(trainer: Trainer, dataset: str | None = None, prefix: str
         and not key.endswith(clock)
         and not isinstance(value, bool)
         and isinstance(value, int | float)
-        and math.isfinite(value)
+        and is_finite(value)
     ]
 
 

@@ -168,11 +168,24 @@ def watch(
     return handles
 
 
+def _not_batches(found: object, why: str, is_a: str = "is a") -> str:
+    return (
+        f"calibration_batches {is_a} {type(found).__name__} ({why}) but must be an iterable of batches, each a dict "
+        "for the model's forward, {'input_ids': ids, 'attention_mask': mask}, or token ids [batch, tokens]."
+    )
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module, blocks: list[Block], batches: Iterable[Mapping | Tensor], norms: bool = False
 ) -> dict[str, Routing]:
     """Run the model in eval mode over batches and count the routes of every block; padding does not count."""
+    if isinstance(batches, str):
+        raise TypeError(_not_batches(batches, "text: tokenize it"))
+    if isinstance(batches, Mapping) or (isinstance(batches, Tensor) and batches.dim() < 3):
+        raise TypeError(_not_batches(batches, "one batch: put it into a list"))
+    if not isinstance(batches, Iterable):
+        raise TypeError(_not_batches(batches, "not iterable"))
     device = model.get_input_embeddings().weight.device
     total: dict[str, Routing] = {}
     kept: list[Tensor | None] = [None]
@@ -183,6 +196,9 @@ def calibrate(
         model.eval()
         try:
             for batch in batches:
+                if not isinstance(batch, Mapping | Tensor):
+                    why = "text: tokenize it" if isinstance(batch, str) else "neither"
+                    raise TypeError(_not_batches(batch, why, "holds a"))
                 batch = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
                 batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
                 mask = batch.get("attention_mask")

@@ -147,6 +147,11 @@ def grow(
     if key_init == value_init == "zeros":
         raise ValueError("key_init and value_init are both zeros: neither would ever get a gradient.")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Pattention) and "keys" in m._parameters}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no Pattention layer, so nothing can grow: make a TokenFormer by "
+            "AutoModelForCausalLM.from_config(TokenFormerConfig(...)), or call replace(model, Pattention(tokens=...))."
+        )
     more = {name: _count(tokens, name) for name in layers}
     if not any(more.values()):
         raise ValueError(f"tokens is {tokens!r}, which adds none to the {len(layers)} Pattention layers of the model.")

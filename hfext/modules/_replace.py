@@ -104,6 +104,9 @@ def replace(
     """
     if not isinstance(template, DropIn) or template.__dict__.get("_parameters", {}).get("weight") is not None:
         raise TypeError(f"template is a {type(template).__name__} but must be made with options alone.")
+    if not template.replaces:
+        kind = type(template).__name__
+        raise TypeError(f"{kind} takes the place of an MLP, not of a linear layer: replace_mlp(model, {kind}(...)).")
     linear = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)

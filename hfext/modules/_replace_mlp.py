@@ -4,12 +4,16 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
+from transformers.core_model_loading import revert_weight_conversion
 
 from ._replace import LINEAR, DropIn, Replacement
 
@@ -85,7 +89,7 @@ def replace_mlp(
     if not chosen:
         raise ValueError(
             f"target_modules is {target_modules!r} but no MLP matches. Found: {', '.join(mlps) or 'none'} (an MLP is "
-            "a module of linear layers with one activation module between them)."
+            f"a module of linear layers with one activation module between them).{already(model)}"
         )
     done = MLPReplacement({name: template.from_dense(mlps[name], name) for name in chosen}, model)
     for name, module in done.modules.items():
@@ -95,6 +99,14 @@ def replace_mlp(
         setattr(parent, child, module)
     done.handles = template.begin(model, done.modules)
     return done
+
+
+def already(model: nn.Module) -> str:
+    """The end of a message: how many MLPs of a model were replaced before."""
+    kinds = [type(m).__name__ for m in model.modules() if isinstance(m, DropIn) and not type(m).replaces]
+    if not kinds:
+        return ""
+    return f" {len(kinds)} MLPs are already replaced, by {kinds[0]}: call undo() of what replace_mlp returned first."
 
 
 def _chosen(mlps: dict[str, nn.Module], targets: str | Sequence[str]) -> list[str]:
@@ -125,3 +137,26 @@ def record(model: nn.Module, modules: dict[str, nn.Module], key: str, options: d
     names = [name.removeprefix(prefix) for name in modules if name.startswith(prefix)]
     setattr(inner[1].config, key, {"options": options, "modules": names})
     return [Recorded(inner[1].config, key)]
+
+
+def saved_tensors(model: PreTrainedModel, folder: str | Path, names: Sequence[str], what: str) -> dict[str, Tensor]:
+    """Tensors that a model of this class calls `names`, from the safetensors files of a folder, sharded ones too.
+
+    `save_pretrained` writes some architectures under other names than those of their modules (a ViT as
+    `encoder.layer.0`); the renaming is that of transformers.
+    """
+    wanted = {name: {name, *revert_weight_conversion(model, {name: torch.empty(0)})} for name in names}
+    owner = {key: name for name, keys in wanted.items() for key in keys}
+    found: dict[str, Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {owner[key]: file.get_tensor(key) for key in file.keys() if key in owner}  # noqa: SIM118
+    missing = [name for name in names if name not in found]
+    if missing:
+        others = sorted(wanted[missing[0]] - {missing[0]})
+        also = f", saved as {others[0]}" if others else ""
+        raise FileNotFoundError(
+            f"{folder} has no {what} for {missing[0]}{also} ({len(missing)} of {len(names)} tensors are missing; "
+            "safetensors files are read)."
+        )
+    return found

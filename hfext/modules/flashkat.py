@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import use_kernel_forward_from_hub
@@ -31,7 +30,7 @@ from .._fields import in_range, one_of
 from ..registry import Method, Result
 from ._rational_fit import DENOMINATORS, FUNCTIONS, NAMES, coefficients, second_moment
 from ._replace import DropIn, Replacement
-from ._replace_mlp import activation_of, is_mlp, linear_of, record, replace_mlp
+from ._replace_mlp import activation_of, is_mlp, linear_of, record, replace_mlp, saved_tensors
 
 KEY = "hfext_gr_kan"  # in the config of a model
 ENDS = ("numerator_bias", "denominator_bias")
@@ -290,16 +289,14 @@ def restore(model: nn.Module, folder: str | Path) -> Replacement:
     if inner is None:
         raise ValueError(f"The config of this model has no {KEY}: it was not saved with GRKAN modules.")
     kept = vars(inner.config)[KEY]
-    found: dict[str, Tensor] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys() if name.endswith(ENDS)}  # noqa: SIM118
     done = replace_mlp(inner, GRKAN(**kept["options"]), target_modules=kept["modules"])
     own = {name: p for name, p in inner.named_parameters() if name.endswith(ENDS)}
-    missing = [name for name in own if name not in found]
-    if missing:
+    try:
+        found = saved_tensors(inner, folder, list(own), "coefficients")
+    except FileNotFoundError:
         done.undo()
-        raise FileNotFoundError(f"{folder} has no coefficients for {missing[0]} (safetensors files are read).")
+        vars(inner.config)[KEY] = kept
+        raise
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(found[name])

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -30,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from .._fields import in_range
 from ..registry import Method, Result
 from ._replace import Replacement
-from ._replace_mlp import is_mlp, linear_of, record
+from ._replace_mlp import is_mlp, linear_of, record, saved_tensors
 
 KEY = "hfext_spark_ffn"  # in the config of a model
 NAMES = ("predictor", "gate", "value")
@@ -172,8 +171,10 @@ def replace_ffn(
     else:
         chosen = mlps
     if not chosen:
+        before = sum(isinstance(m, SparkFFN) for m in model.modules())
+        also = f" {before} MLPs are already replaced, by SparkFFN: call undo() first." if before else ""
         raise ValueError(
-            f"target_modules is {target_modules!r} but no MLP matches. Found: {', '.join(mlps) or 'none'}."
+            f"target_modules is {target_modules!r} but no MLP matches. Found: {', '.join(mlps) or 'none'}.{also}"
         )
     done = Replacement({name: template.from_dense(dense, name) for name, dense in chosen.items()}, model)
     for name, module in done.modules.items():
@@ -195,14 +196,8 @@ def restore(model: nn.Module, folder: str | Path) -> Replacement:
     if inner is None:
         raise ValueError(f"The config of this model has no {KEY}: it was not saved with SparkFFN layers.")
     kept = vars(inner.config)[KEY]
-    wanted = {f"{module}.{name}" for module in kept["modules"] for name in NAMES}
-    found: dict[str, Tensor] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys() if name in wanted}  # noqa: SIM118
-    missing = sorted(wanted - set(found))
-    if missing:
-        raise FileNotFoundError(f"{folder} has no weights for {missing[0]} (safetensors files are read).")
+    wanted = [f"{module}.{name}" for module in kept["modules"] for name in NAMES]
+    found = saved_tensors(inner, folder, wanted, "weights")
     done = replace_ffn(inner, SparkFFN(**kept["options"]), kept["modules"])
     with torch.no_grad():
         for module, layer in done.modules.items():

@@ -52,6 +52,9 @@ class UncurlConfig:
     def __post_init__(self):
         one_of("method", self.method, ("prune", "merge"))
         one_of("score", self.score, SCORES)
+        for name, value in (("keep", self.keep), ("top_k", self.top_k)):
+            if isinstance(value, bool) or not (isinstance(value, int) or (name, value) == ("top_k", None)):
+                raise ValueError(f"{name} is {value!r} but must be a number of experts, an integer >= 1.")
         in_range("keep", self.keep, 1, float("inf"))
         if self.top_k is not None:
             in_range("top_k", self.top_k, 1, self.keep)
@@ -79,6 +82,30 @@ class UncurlReport:
     frequency: dict[str, list[float]]
     gate_mass: dict[str, list[float]]
     parameters: tuple[int, int]
+
+    def kept_mass(self) -> dict[str, float]:
+        """By layer, the share of the gates that went to experts that stayed."""
+        return {
+            name: sum(self.gate_mass[name][e] for e in kept) / sum(self.gate_mass[name])
+            for name, kept in self.kept.items()
+        }
+
+    def __str__(self) -> str:
+        def change(pair: tuple[int, int]) -> str:
+            return f"{pair[0]:,} -> {pair[1]:,}" if pair[0] != pair[1] else f"{pair[0]:,}"
+
+        head = (
+            f"{change(self.experts)} experts a layer, {change(self.top_k)} active for a token, "
+            f"{change(self.parameters)} parameters, seen on {self.tokens:,} tokens"
+        )
+        rows = [("layer", "kept experts", "gate mass kept", "merged into")]
+        for name, share in self.kept_mass().items():
+            into = ", ".join(f"{e}->{d}" for e, d in self.merged[name].items())
+            rows.append((name, " ".join(map(str, self.kept[name])), f"{share:.1%}", into))
+        if not any(self.merged.values()):
+            rows = [row[:3] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join([head, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
 
 
 def highest(scores: Tensor, keep: int) -> Tensor:

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from hfext import recipe, registry
 from hfext.cli import _docstrings, _site_method, _site_pages, app
-from hfext.cli._site import MARK, all_pages
+from hfext.cli._site import all_pages
+from hfext.cli._site_folder import MARK, mark
 
 needs_mkdocs = pytest.mark.skipif(
     not (find_spec("mkdocs") and find_spec("material")), reason="needs mkdocs-material: pip install 'hfext[docs]'"
@@ -247,8 +248,8 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 def test_an_earlier_site_is_replaced(tmp_path, monkeypatch):
     folder = tmp_path / "docs"
     folder.mkdir()
-    (folder / MARK).touch()
     (folder / "old.html").touch()
+    mark(folder)
     one = {"index.md": "# Small\n\n[paper](papers.md)", "papers.md": "# Papers\n"}
     wanted = {"examples.md": "# E", "benchmarks.md": "# B", "cli.md": "# C"}
     monkeypatch.setattr("hfext.cli._site.all_pages", lambda group: {**one, **wanted})
@@ -257,6 +258,89 @@ def test_an_earlier_site_is_replaced(tmp_path, monkeypatch):
     one["index.md"] = "[nowhere](nowhere.md)"
     done = _docs("--site", folder)
     assert done.exit_code == 2 and "could not be built" in done.output and (folder / "papers.html").is_file()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A site that is quick to build, and how often that was begun."""
+    begun = []
+    names = {"papers.md": "# P", "examples.md": "# E", "benchmarks.md": "# B", "cli.md": "# C"}
+
+    def pages(group):
+        begun.append(1)
+        return {"index.md": "# Small", **names}
+
+    monkeypatch.setattr("hfext.cli._site.all_pages", pages)
+    return begun
+
+
+def _state(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@needs_mkdocs
+def test_what_a_user_put_into_an_earlier_site_is_kept(tmp_path, small):
+    folder = tmp_path / "docs"
+    assert _docs("--site", folder).exit_code == 0 and not (folder / "404.html").exists()
+    begun = len(small)
+    spoils = {
+        "notes.txt": lambda path: path.write_text("mine"),
+        "methods/deep/notes.txt": lambda path: (path.parent.mkdir(parents=True), path.write_text("mine")),
+        "index.html": lambda path: path.write_text("edited"),
+        "linked": lambda path: path.symlink_to(tmp_path),
+        MARK: lambda path: path.write_text(""),
+        ".git": lambda path: path.write_text("gitdir: elsewhere"),
+    }
+    for name, spoil in spoils.items():
+        kept = (folder / name).read_bytes() if (folder / name).is_file() else None
+        spoil(folder / name)
+        before = _state(folder)
+        done = _docs("--site", folder)
+        assert done.exit_code == 2 and "name an empty folder" in done.output, name
+        assert _state(folder) == before and [path.name for path in tmp_path.iterdir()] == ["docs"]
+        (folder / name).unlink()
+        if kept is not None:
+            (folder / name).write_bytes(kept)
+    assert len(small) == begun  # refused before anything was built
+    assert _docs("--site", folder).exit_code == 0
+
+
+@needs_mkdocs
+def test_the_working_directory_and_links_are_refused_before_building(tmp_path, small, monkeypatch):
+    folder = tmp_path / "docs"
+    assert _docs("--site", folder).exit_code == 0
+    (tmp_path / "link").symlink_to(folder)
+    before, begun = _state(folder), len(small)
+    done = _docs("--site", tmp_path / "link")
+    assert done.exit_code == 2 and "is a link" in done.output
+    for inside in (folder, folder / "assets"):
+        monkeypatch.chdir(inside)
+        done = _docs("--site", "." if inside == folder else "..")
+        assert done.exit_code == 2 and "working directory" in done.output
+    assert _state(folder) == before and len(small) == begun
+
+
+@needs_mkdocs
+def test_a_failure_at_any_step_leaves_the_old_site(tmp_path, small, monkeypatch):
+    folder = tmp_path / "docs"
+    assert _docs("--site", folder).exit_code == 0
+    before, rename = _state(folder), type(folder).rename
+    for failing in ("new", "docs"):
+
+        def broken(self, target, failing=failing):
+            if self.name == failing:
+                raise OSError("disk full")
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(folder), "rename", broken)
+            done = _docs("--site", folder)
+        assert done.exit_code == 2 and "disk full" in done.output
+        assert _state(folder) == before and [path.name for path in tmp_path.iterdir()] == ["docs"]
+    with monkeypatch.context() as patch:
+        patch.setattr("hfext.cli._site.all_pages", lambda group: {"index.md": "[no](no.md)"})
+        assert _docs("--site", tmp_path / "a" / "b" / "c").exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["docs"]
 
 
 def test_wrong_arguments_are_named(tmp_path):

@@ -1,6 +1,8 @@
 """`hfext doctor` on folders and repositories: what is needed, what would be ignored, and the exit status."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,7 +35,8 @@ def test_a_repository_is_looked_at_without_its_weights(server, tiny_llama):
     code, said = doctor("user/quantised", "--revision", "plain")
     assert code == 0 and "ignores" not in said
     code, said = doctor("user/absent")
-    assert code == 2 and "could not be fetched" in said
+    assert code == 2 and "There is no folder user/absent here, and no such repository on the Hub" in said
+    assert "Error" not in said
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,66 @@ def test_records_name_what_hfext_must_have(tiny_llama, tmp_path):
     assert code == 1 and "no method 'mupp'" in said and "written by hfext 99.0.0" in said
     (tmp_path / "hfext.json").write_text("{")
     assert doctor(tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "keys, needs, alone",
+    [
+        ({"hfext_gr_kan": {"options": {}}}, "flashkat: run hfext.modules.flashkat.restore(", "coefficients of GR-KAN"),
+        ({"hfext_spark_ffn": {"options": {}}}, "spark_ffn: run hfext.modules.spark_ffn.restore(", "random weights"),
+        ({"spark_attention": {"k": 4}}, "spark_attention: name attn_implementation", "attends to every key"),
+        ({"stickbreaking_attention": {"remainder": True}}, "name attn_implementation", "runs softmax attention"),
+        ({"_attn_implementation": "hfext_triton"}, "'hfext_triton'", "refuses 'hfext_triton'"),
+        ({"text_config": {"hfext_gr_kan": {"options": {}}}}, "flashkat: run", "coefficients of GR-KAN"),
+        ({"hfext_mup": {"hidden_size": 1}}, "mup: run hfext.optim.mup.apply", "the outputs are wrong"),
+    ],
+)
+def test_a_config_names_what_needs_hfext_without_a_record(tiny_llama, tmp_path, keys, needs, alone):
+    tiny_llama().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    code, said = doctor(tmp_path)
+    assert code == 0 and needs in said and alone in said.partition("transformers alone")[2]
+
+
+def test_a_tokenformer_needs_hfext_and_plain_transformers_refuses_it(tmp_path):
+    sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    counts = dict(num_qkv_tokens=8, num_proj_tokens=8, num_ffn_tokens=8)
+    hfext.modules.TokenFormerForCausalLM(hfext.modules.TokenFormerConfig(**sizes, **counts)).save_pretrained(tmp_path)
+    code, said = doctor(tmp_path)
+    assert code == 0 and "tokenformer" in said and "transformers alone refuses its model type" in said
+    load = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    assert "does not recognize this architecture" in said and "does not recognize this architecture" in done.stderr
+
+
+def test_record_and_config_say_the_same_once(tiny_llama, tmp_path):
+    model = tiny_llama()
+    hfext.modules.replace_mlp(model, hfext.modules.GRKAN(groups=4))
+    model.save_pretrained(tmp_path)
+    hfext.hub.save_record(tmp_path, ["flashkat"])
+    code, said = doctor(tmp_path)
+    assert code == 0 and said.count("flashkat.restore(") == 1
+
+
+@pytest.mark.parametrize("path", ["nothing", "out/nothing", "./out/nothing", "out/far/nothing"])
+def test_a_path_that_does_not_exist(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, said = doctor(path)
+    assert code == 2 and f"There is no folder {path.removeprefix('./')} here" in said
+    assert ("could not be fetched" in said) == (path == "out/nothing")
+
+
+@pytest.mark.parametrize("name", ["uncurl", "wta_crs"])
+def test_modules_that_leave_plain_weights_need_no_hfext(tiny_llama, tmp_path, name):
+    tiny_llama().save_pretrained(tmp_path)
+    hfext.hub.save_record(tmp_path, [name])
+    code, said = doctor(tmp_path)
+    assert code == 0 and f"hfext {name}" not in said and "ignores" not in said
+    text = hfext.hub.model_card(tmp_path).text
+    assert "loading it needs no hfext" in text or "loading them needs no hfext" in text
+    assert "import hfext" not in text.partition("## Method")[0]
 
 
 def test_what_loads_alone_needs_no_hfext(tiny_llama, tmp_path):

@@ -1,6 +1,7 @@
 """The story of each kind of artifact in five lines, as README tells them: run against the Hub on 127.0.0.1."""
 
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -15,26 +16,27 @@ args = TrainingArguments("out", optim="bisam", optim_args="rho=0.05", hub_model_
 trainer = Trainer(model, args, train_dataset=rows)
 trainer.train()
 trainer.push_to_hub()
-model = AutoModelForCausalLM.from_pretrained("you/bisam")  # ordinary weights: needs no hfext
+tuned = AutoModelForCausalLM.from_pretrained("you/bisam")  # ordinary weights: needs no hfext
 """,
     "PEFT adapter": """
-adapter = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+base = AutoModelForCausalLM.from_pretrained("org/base")
+adapter = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
 Trainer(adapter, TrainingArguments("out", optim="mezo"), train_dataset=rows).train()
 hfext.push_to_hub(adapter, "you/adapter", methods=["mezo"])
-model = AutoPeftModelForCausalLM.from_pretrained("you/adapter")
+adapter = AutoPeftModelForCausalLM.from_pretrained("you/adapter")
 """,
     "unlearned model": """
 args = hfext.UnlearningConfig("out", objective="npo")
 hfext.UnlearningTrainer(model, args, forget_dataset=forget, retain_dataset=retain).train()
 found = hfext.unlearning.evaluate(model, forget=forget, retain=retain)
 hfext.push_to_hub(model, "you/forgot", methods=["npo"], results=found)
-model = AutoModelForCausalLM.from_pretrained("you/forgot")
+forgetful = AutoModelForCausalLM.from_pretrained("you/forgot")
 """,
     "quantised model": """
 config = hfext.quantization.HQQConfig(bits=4, group_size=16)
-model = AutoModelForCausalLM.from_pretrained("org/base", quantization_config=config)
-hfext.push_to_hub(model, "you/four-bits")
-model = AutoModelForCausalLM.from_pretrained("you/four-bits")  # after `import hfext`
+coded = AutoModelForCausalLM.from_pretrained("org/base", quantization_config=config)
+hfext.push_to_hub(coded, "you/four-bits")
+coded = AutoModelForCausalLM.from_pretrained("you/four-bits")  # after `import hfext`
 """,
     "calibrated cache": """
 config = hfext.RotateKVConfig(bits=4).calibrate(model, ids)
@@ -54,14 +56,14 @@ hfext.push_to_hub(store, "you/ngrams", license="cc-by-4.0")
 store = hfext.decoding.NGramStore.load(hfext.hub.fetch("you/ngrams"))
 """,
     "generation loop": """
-hfext.decoding.export_superposed("loop")
+hfext.decoding.export_superposed("loop", readme=False)  # push_to_hub writes the card
 hfext.push_to_hub("loop", "you/loop")
 drafts = model.generate(ids[:1], custom_generate="you/loop", trust_remote_code=True, num_drafts=2)  # needs no hfext
 """,
     "kernel": """
-hfext.push_to_hub("kernels/hfext-scale", "you/hfext-scale")
-sys.path.append(str(hfext.hub.fetch("you/hfext-scale") / "torch-ext"))  # built: kernels.get_kernel("you/hfext-scale")
-import hfext_scale
+hfext.push_to_hub("kernels/hfext-attention", "you/hfext-attention")
+sys.path.append(str(hfext.hub.fetch("you/hfext-attention") / "torch-ext"))  # built: kernels.get_kernel(...)
+import hfext_attention
 """,
     "result of a method": """
 hfext.push_to_hub("bisam", "you/bisam-result")
@@ -70,8 +72,12 @@ card = ModelCard.load(hfext.hub.fetch("you/bisam-result") / "README.md")
 }
 
 
-@pytest.mark.parametrize("kind", STORIES)
-def test_five_lines_are_enough(server, tmp_path, tiny_llama, monkeypatch, kind):
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+
+
+@pytest.fixture
+def names(server, tmp_path, tiny_llama, monkeypatch):
+    """What the lines take for granted, in an empty folder beside the kernels of this repository."""
     from huggingface_hub import ModelCard
 
     monkeypatch.chdir(tmp_path)
@@ -79,19 +85,20 @@ def test_five_lines_are_enough(server, tmp_path, tiny_llama, monkeypatch, kind):
     tiny_llama().save_pretrained("base")
     files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
     server.add("org/base", {**files, "README.md": "---\nlicense: apache-2.0\n---\n"})
-    for name in ("you/bisam", "you/predictor"):
-        assert name not in server.repos
-    kernel = tmp_path / "kernels" / "hfext-scale" / "torch-ext" / "hfext_scale"
-    kernel.mkdir(parents=True)
-    (kernel / "__init__.py").write_text("__all__ = []\n")
-    (kernel.parents[1] / "build.toml").write_text('[general]\nname = "hfext-scale"\nedition = 5\nlicense = "mit"\n')
+    (tmp_path / "kernels").symlink_to(KERNELS)
     rows = [{"input_ids": list(range(n, n + 8)), "labels": list(range(n, n + 8))} for n in (3, 20, 40, 60)]
     names = {**{name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "Trainer")}}
     names |= {name: getattr(peft, name) for name in ("AutoPeftModelForCausalLM", "LoraConfig", "get_peft_model")}
     names |= {"hfext": hfext, "ModelCard": ModelCard, "sys": sys, "rows": rows, "forget": rows[:2], "retain": rows[2:]}
     names["TrainingArguments"] = lambda *args, **given: transformers.TrainingArguments(*args, max_steps=1, **given)
     names["model"] = transformers.AutoModelForCausalLM.from_pretrained("org/base")
-    names |= {"small": tiny_llama(seed=1, num_hidden_layers=1), "ids": torch.randint(3, 100, (4, 16))}
+    return names | {"small": tiny_llama(seed=1, num_hidden_layers=1), "ids": torch.randint(3, 100, (4, 16))}
+
+
+@pytest.mark.parametrize("kind", STORIES)
+def test_five_lines_are_enough(server, names, kind):
+    from huggingface_hub import ModelCard
+
     assert len(STORIES[kind].strip().splitlines()) <= 5
     exec(compile(STORIES[kind], kind, "exec"), names)
     (made,) = [name for name in server.repos if name.startswith("you/")]
@@ -99,3 +106,12 @@ def test_five_lines_are_enough(server, tmp_path, tiny_llama, monkeypatch, kind):
     assert server.commits(made) == 1 and hfext.hub.problems_of(card) == []
     if kind in ("PEFT adapter", "unlearned model", "quantised model", "fine-tuned model"):
         assert card.data.base_model == "org/base" and card.data.license == "apache-2.0"
+
+
+def test_the_lines_run_in_order_and_again(server, names):
+    model = names["model"]
+    for _ in range(2):
+        for kind, lines in STORIES.items():
+            exec(compile(lines, kind, "exec"), names)
+            assert names["model"] is model and all(p.requires_grad for p in model.parameters()), kind
+    assert len([name for name in server.repos if name.startswith("you/")]) == len(STORIES)

@@ -131,3 +131,66 @@ def test_an_adapter_names_its_base_and_keeps_its_licence(server, tiny_llama):
 
 def test_a_kernel_and_a_result_keep_the_licence_of_their_code():
     assert hub.model_card("bisam").data.license == "apache-2.0"
+
+
+GATED = "---\nextra_gated_prompt: Be kind.\nextra_gated_heading: Agree first\n---\n# Base\n"
+
+
+@pytest.mark.parametrize("given", ["mit", {"license": "mit"}])
+def test_a_licence_of_ones_own_does_not_take_back_the_terms_of_the_base(server, folder, given):
+    (folder / "hfext.json").unlink()
+    server.add("org/base", {"README.md": BASE}, gated="manual")
+    hfext.push_to_hub(folder, "user/thing", methods=["bisam"], base_model="org/base", license=given)
+    data = card_of(server).data.to_dict()
+    assert data["license"] == "mit" and "license_name" not in data and "license_link" not in data
+    assert data["extra_gated_prompt"].startswith("Be kind.") and data["extra_gated_heading"] == "Agree first"
+    assert "granted on request by its owner" in card_of(server).text and "> Be kind." in card_of(server).text
+    licence = json.loads(server.files("user/thing")["hfext.json"])["license"]
+    assert licence["gated"] == "manual" and licence["license_source"] == "its owner"
+
+
+def test_nor_does_that_of_a_record(server, folder):
+    hub.save_record(folder, ["bisam"], "org/base", "finetune", license={"license": "mit"})
+    server.add("org/base", {"README.md": BASE}, gated="manual")
+    hfext.push_to_hub(folder, "user/thing")
+    assert card_of(server).data.to_dict()["extra_gated_heading"] == "Agree first"
+    assert "granted on request by its owner" in card_of(server).text
+
+
+def test_a_licence_of_ones_own_helps_when_the_hub_does_not_answer(server, folder):
+    (folder / "hfext.json").unlink()
+    server.fail("GET", "/api/models/org/base", "500", times=99)
+    hfext.push_to_hub(folder, "user/thing", methods=["bisam"], base_model="org/base", license="mit")
+    assert card_of(server).data.license == "mit"
+
+
+@pytest.mark.parametrize("gated", ["manual", None])
+def test_terms_stay_where_no_licence_can_be_read(server, folder, gated):
+    server.add("org/base", {"README.md": GATED}, **({"gated": gated} if gated else {}))
+    hfext.push_to_hub(folder, "user/thing")
+    data = card_of(server).data.to_dict()
+    assert data["license"] == "unknown" and data["extra_gated_prompt"] == "Be kind."
+    assert ("granted on request" in card_of(server).text) == (gated is not None)
+
+
+def test_terms_of_a_card_beside_the_base_stay(tmp_path):
+    (tmp_path / "README.md").write_text(GATED)
+    expected = {"license": "unknown", "extra_gated_prompt": "Be kind.", "extra_gated_heading": "Agree first"}
+    assert hub.licence_of(None, base_folder=tmp_path) == expected
+
+
+@pytest.mark.parametrize("now, expected", [("license: apache-2.0\n", "apache-2.0"), ("tags: [a]\n", "unknown")])
+def test_what_the_hub_says_goes_before_an_old_card_in_the_cache(server, folder, now, expected):
+    server.add("org/base", {"README.md": "---\nlicense: mit\n---\n"})
+    snapshot_download("org/base")
+    server.add("org/base", {"README.md": f"---\n{now}---\n"})
+    assert hub.licence_of("org/base")["license"] == expected
+    hfext.push_to_hub(folder, "user/thing")
+    assert card_of(server).data.license == expected
+
+
+def test_another_licence_without_a_name_is_called_unknown(server, folder):
+    server.add("org/base", {"README.md": "---\nlicense: other\n---\n"})
+    hfext.push_to_hub(folder, "user/thing")
+    assert card_of(server).data.to_dict()["license_name"] == "unknown"
+    assert hub.problems_of(card_of(server)) == []

@@ -156,6 +156,50 @@ def test_what_nobody_can_name_is_not_published(server, tiny_llama, folder):
     assert server.repos == {}
 
 
+def test_one_method_may_be_named_by_itself(server, tiny_llama):
+    hfext.push_to_hub(tiny_llama(), "user/model", methods="npo")
+    assert json.loads(server.files("user/model")["hfext.json"])["methods"] == ["npo"]
+
+
+@pytest.mark.parametrize(
+    "name, error, words",
+    [
+        ("final-7b", KeyError, "There is no folder 'final-7b' here and no method of that name. `hfext list` shows"),
+        ("nowhere", KeyError, "There is no folder 'nowhere' here and no method of that name."),
+        ("bisan", KeyError, "no method of that name. Did you mean 'bisam'"),
+        ("out/nothing", FileNotFoundError, "There is no folder out/nothing."),
+        (Path("nothing"), FileNotFoundError, "There is no folder nothing."),
+    ],
+)
+def test_what_is_neither_folder_nor_method(server, tmp_path, monkeypatch, name, error, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as raised:
+        hfext.push_to_hub(name, "user/x")
+    assert words in raised.value.args[0] and len(raised.value.args[0]) < 150 and server.repos == {}
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("apache2", "license is 'apache2', which the Hub does not list. Did you mean 'apache-2.0'?"),
+        ({"license": "cc-by-40"}, "Did you mean 'cc-by-4.0'?"),
+        ("house-rules", "For one of your own say {'license': 'other'"),
+        ("Apache-2.0", None),
+        (None, None),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_list_is_warned_of(server, tiny_llama, caplog, given, words):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    try:
+        hfext.push_to_hub(tiny_llama(), "user/model", methods=["npo"], license=given)
+    finally:
+        transformers.utils.logging.disable_propagation()
+    said = "".join(record.getMessage() for record in caplog.records if "license is" in record.getMessage())
+    assert (words in said) if words else not said
+
+
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,11 @@ def test_bad_records_are_not_written(tmp_path, method, change, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_one_method_is_taken_by_its_name(tmp_path, method):
+    hub.save_record(tmp_path, method.name)
+    assert hub.read_record(tmp_path)["methods"] == [method.name]
+
+
 def test_unknown_methods_and_missing_folders_are_refused(tmp_path, method):
     with pytest.raises(KeyError, match="No method is called"):
         hub.save_record(tmp_path, ["no_such_method"])

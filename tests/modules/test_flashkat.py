@@ -10,8 +10,12 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTModel,
     Phi3Config,
@@ -20,6 +24,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
     ViTConfig,
+    ViTForImageClassification,
     ViTModel,
 )
 
@@ -241,6 +246,55 @@ def test_saved_and_restored(tmp_path, tiny_llama):
     assert torch.equal(twin(ids()).logits, want)
     with pytest.raises(ValueError, match="has no hfext_gr_kan"):
         restore(tiny_llama(), tmp_path)
+
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+SAVED = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, vocab_size=128)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=32)),
+    "vit": (ViTForImageClassification, ViTConfig(**SMALL, image_size=8, patch_size=4)),
+    "bert": (BertForSequenceClassification, BertConfig(**SMALL, vocab_size=128)),
+}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("kind", SAVED)
+def test_every_architecture_is_restored_under_the_names_it_is_saved_by(tmp_path, kind, shards):
+    made, config = SAVED[kind]
+    model = made(copy.deepcopy(config)).eval()
+    replace_mlp(model, GRKAN(groups=4))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("tor_bias"):
+                p.add_(torch.randn_like(p) * 0.1)
+    x = torch.randn(2, 3, 8, 8) if kind == "vit" else ids()
+    want = model(x).logits
+    model.save_pretrained(tmp_path, **({} if shards == 1 else {"max_shard_size": "20KB"}))
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 1 if shards == 1 else len(files) > 2
+    loaded = made.from_pretrained(tmp_path)
+    restore(loaded, tmp_path)
+    assert torch.equal(loaded(x).logits, want)
+    # What came from a checkpoint is saved as it came, and comes back again.
+    loaded.save_pretrained(tmp_path / "again")
+    again = made.from_pretrained(tmp_path / "again")
+    restore(again, tmp_path / "again")
+    assert torch.equal(again(x).logits, want)
+
+
+def test_coefficients_that_are_missing_are_named(tmp_path):
+    made, config = SAVED["vit"]
+    model = made(copy.deepcopy(config))
+    model.save_pretrained(tmp_path / "plain")
+    replace_mlp(model, GRKAN(groups=4))
+    model.save_pretrained(tmp_path / "kan")
+    loaded = made.from_pretrained(tmp_path / "kan")
+    saved = r"vit.layers.0.mlp.\w+.\w+, saved as vit.encoder.layer.0.mlp.\w+.\w+ \(8 of 8 tensors"
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=f"has no coefficients for {saved}"):
+            restore(loaded, tmp_path / "plain")
+        assert not any(isinstance(m, GRKAN) for m in loaded.modules())
+    restore(loaded, tmp_path / "kan")
 
 
 def arguments(folder, **more):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hfext.modules import DropIn, WTACRSLinear, replace
+from hfext.modules import GRKAN, DropIn, SparkFFN, WTACRSLinear, replace, replace_ffn, replace_mlp
 
 TEMPLATE = WTACRSLinear(ratio=0.5)
 
@@ -245,6 +245,19 @@ def test_a_wrong_template_is_refused(tiny_llama):
         TEMPLATE.from_dense(nn.Embedding(3, 3))
     with pytest.raises(RuntimeError, match="has no weights: give it to hfext.modules.replace"):
         TEMPLATE(torch.zeros(3, 3))
+
+
+def test_a_template_for_mlps_names_the_call_that_takes_it(tiny_llama):
+    with pytest.raises(TypeError, match=r"GRKAN takes the place of an MLP.*: replace_mlp\(model, GRKAN\("):
+        replace(tiny_llama(), GRKAN())
+    model = tiny_llama()
+    done = replace_mlp(model, GRKAN(groups=4))
+    with pytest.raises(ValueError, match=r"Found: none .* 2 MLPs are already replaced, by GRKAN: call undo\(\)"):
+        replace_mlp(model, GRKAN(groups=4))
+    done.undo()
+    replace_ffn(model, SparkFFN())
+    with pytest.raises(ValueError, match="2 MLPs are already replaced, by SparkFFN"):
+        replace_ffn(model, SparkFFN())
 
 
 def test_another_module_needs_no_more_than_from_dense():

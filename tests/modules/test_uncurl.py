@@ -10,7 +10,16 @@ import transformers
 from tiny_models import LLAMA, factory
 
 from hfext.modules._experts import calibrate, count_routes, find_blocks
-from hfext.modules.uncurl import UncurlConfig, averaged, highest, nearest_kept, prune_by_activation, reduced, uncurl
+from hfext.modules.uncurl import (
+    UncurlConfig,
+    UncurlReport,
+    averaged,
+    highest,
+    nearest_kept,
+    prune_by_activation,
+    reduced,
+    uncurl,
+)
 
 SIZES = {k: v for k, v in LLAMA.items()}
 MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
@@ -394,6 +403,47 @@ def test_bad_models_and_data(tiny_llama):
     find_blocks(broken)[0].router.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         uncurl(broken, [x])
+
+
+def test_batches_that_are_none_say_what_they_must_hold():
+    x, model = ids(), make("mixtral")
+    before = state(model)
+    for batches, found in (
+        ({"input_ids": x}, "is a dict .one batch"),
+        (x, "is a Tensor .one batch"),
+        ("text", "is a str .text: tokenize it"),
+        (["text"], "holds a str .text: tokenize it"),
+        ([[1, 2, 3]], "holds a list .neither"),
+        (3, "is a int .not iterable"),
+    ):
+        words = f"calibration_batches {found}.* iterable of batches, each a dict .*input_ids"
+        with pytest.raises(TypeError, match=words):
+            uncurl(model, batches)
+        with pytest.raises(TypeError, match="calibration_batches"):
+            prune_by_activation(model, batches)
+    assert unchanged(model, before)
+    for keep in ("half", 2.5, True, None):
+        with pytest.raises(ValueError, match=f"keep is {keep!r} but must be a number of experts, an integer"):
+            uncurl(model, [x], keep=keep)
+
+
+def test_the_report_prints_a_table():
+    report = UncurlReport(
+        experts=(4, 2), top_k=(2, 2), tokens=1234, kept={"layers.0.mlp": [0, 2], "layers.11.mlp": [1, 3]},
+        merged={"layers.0.mlp": {}, "layers.11.mlp": {0: 3}}, parameters=(12345, 6789),
+        frequency={"layers.0.mlp": [0.5] * 4, "layers.11.mlp": [0.5] * 4},
+        gate_mass={"layers.0.mlp": [0.5, 0.125, 0.25, 0.125], "layers.11.mlp": [0.1, 1 / 3, 0.1, 7 / 15]},
+    )  # fmt: skip
+    assert str(report).splitlines() == [
+        "4 -> 2 experts a layer, 2 active for a token, 12,345 -> 6,789 parameters, seen on 1,234 tokens",
+        "layer          kept experts  gate mass kept  merged into",
+        "layers.0.mlp   0 2           75.0%",
+        "layers.11.mlp  1 3           80.0%           0->3",
+    ]
+    found = uncurl(make("mixtral"), [ids()], keep=3)
+    assert "merged into" not in str(found) and max(map(len, str(found).splitlines())) < 120
+    assert all(0.5 < share <= 1 for share in found.kept_mass().values())
+    assert len(found.kept_mass()) == len(found.kept)
 
 
 def test_defaults():

@@ -232,7 +232,9 @@ def test_second_pass_counts_as_work(tmp_path, tiny_gpt2):
     ["adamw", "sgd", "adafactor", "rmsprop", "adagrad", "schedule_free_adamw", "schedule_free_sgd", "stable_adamw"],
 )
 def test_any_stock_optimizer_is_a_base(base, tmp_path, monkeypatch):
-    if base == "stable_adamw":  # torch-optimi takes Triton on a CPU for a group without parameters, where it cannot run
+    if (
+        base == "stable_adamw"
+    ):  # torch-optimi takes Triton on a CPU for a group without parameters, where it cannot run
         monkeypatch.setattr("optimi.utils.HAS_TRITON", False)
     job = run_training(
         Net(), "sam", f"rho=0.05,base={base}", tmp_path, data=vectors(), learning_rate=1e-2, max_steps=3

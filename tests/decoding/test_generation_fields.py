@@ -205,7 +205,7 @@ def test_doctor_tells_what_a_saved_model_needs(tiny_llama, tmp_path):
     found = run.invoke(app, ["doctor", str(tmp_path / "with")])
     assert found.exit_code == 1 and "alpha is 7" in found.output
     assert run.invoke(app, ["doctor", str(tmp_path)]).exit_code == 2
-    assert "does not exist" in run.invoke(app, ["doctor", str(tmp_path / "absent")]).output
+    assert "There is no folder" in run.invoke(app, ["doctor", str(tmp_path / "absent")]).output
     fields = {"do_sample": True, "top_h_alpha": 0.4}
     for content, code, text in (
         ({**fields, "sampler_order": ["temperature"]}, 1, "does not name top_h_alpha"),

@@ -328,7 +328,7 @@ def test_a_constant_in_a_row_matters_with_a_sink_alone(qkv):
 
 def test_grouped_heads_are_repeated_keys(qkv):
     k, v = (qkv[n].repeat_interleave(2, 1) for n in "kv")
-    assert torch.equal(attention(*qkv.values(), causal=True), attention(qkv["q"], k, v, causal=True))
+    assert (attention(*qkv.values(), causal=True) - attention(qkv["q"], k, v, causal=True)).abs().max() <= 1e-6
 
 
 def test_rows_of_a_batch_do_not_mix(qkv):

@@ -1,6 +1,6 @@
 """What is compiled for Hopper: the shapes and modifiers that models use, with the shipped launch parameters."""
 
-from hfext_attention import _decode, _kernels, _packed_kernels
+from hfext_attention import _backward, _decode, _kernels, _packed_kernels
 from hfext_attention._launch import _nearest
 
 POINTERS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
@@ -49,8 +49,8 @@ def case(op, kernel, dtype, D, INTERVAL=True, registers=255, **flags):
 def cases():
     forward, query, key = (
         _kernels.attention_forward,
-        _kernels.attention_query_gradient,
-        _kernels.attention_key_gradient,
+        _backward.attention_query_gradient,
+        _backward.attention_key_gradient,
     )
     for D in (64, 96, 128, 256):
         for op, kernel in (("forward", forward), ("query_gradient", query), ("key_gradient", key)):
@@ -67,8 +67,8 @@ def cases():
     yield case("forward", forward, "16 bit", 128, MASK=True)
     yield case("forward", forward, "16 bit", 128, ALIBI=True)
     yield case("forward", forward, "float32", 128)
-    yield case("bias_gradient", _kernels.attention_bias_gradient, "16 bit", 64, KEYS=True)
-    yield case("bias_gradient", _kernels.attention_bias_gradient, "float32", 64)
+    yield case("bias_gradient", _backward.attention_bias_gradient, "16 bit", 64, KEYS=True)
+    yield case("bias_gradient", _backward.attention_bias_gradient, "float32", 64)
     for D in (64, 128, 256):
         yield case("decode", _decode.attention_decode, "16 bit", D, KEYS=True)
     yield case("decode", _decode.attention_decode, "16 bit", 128, SOFTCAP=True, BIAS=True)

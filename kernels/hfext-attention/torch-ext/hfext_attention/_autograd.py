@@ -98,7 +98,7 @@ def backward(
     off: int, dropout_p: float, with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv in their inputs' dtypes and [B, H, M, D] layouts; dbias, dsink in fp32, empty where not asked."""
-    from . import _kernels
+    from . import _backward
 
     B, H, M, D = q.shape
     HK, N, DV = k.shape[1], k.shape[2], v.shape[3]
@@ -111,7 +111,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_(), dsink
     delta = torch.empty_like(lse)
     launch(
-        _kernels.attention_delta, (-(-M // 64), B * H),
+        _backward.attention_delta, (-(-M // 64), B * H),
         o, do, _or(dlse, q), delta, do.stride(0), do.stride(1), do.stride(2), do.stride(3), H, M,
         DV=DV, BDV=_padded(DV), BM=64, LSE=dlse is not None, UPCAST=True,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def backward(
 
     setting = _setting("query_gradient", q, D, DV, M, N, features)
     launch(
-        _kernels.attention_query_gradient, (-(-M // setting["BM"]), B * H),
+        _backward.attention_query_gradient, (-(-M // setting["BM"]), B * H),
         q, k, v, do, lse, delta, dq, _or(lo, q), _or(hi, q), *pointers, *strides, *dq.stride()[:3],
         _row_stride(lo), *masks, H, H // HK, *sizes, **flags, BIAS=bias is not None, **setting,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def backward(
     first, last = (q, q) if lo is None else query_ranges(lo, hi, N, setting["BN"])
     for made in ({"WITH_K": False}, {"WITH_V": False}) if setting.pop("APART", False) else ({},):
         launch(
-            _kernels.attention_key_gradient, (-(-N // setting["BN"]), B * HK),
+            _backward.attention_key_gradient, (-(-N // setting["BN"]), B * HK),
             q, k, v, do, lse, delta, dk, dv, _or(lo, q), _or(hi, q), first, last, *pointers, *strides,
             *dk.stride()[:3], *dv.stride()[:3], _row_stride(lo), _row_stride(None if lo is None else first), *masks,
             HK, H // HK, *sizes, **flags, BIAS=bias is not None, **{"WITH_K": True, "WITH_V": True, **made}, **setting,
@@ -147,7 +147,7 @@ def backward(
         setting = _setting("bias_gradient", q, D, DV, M, N, True)
         BB, HB = bias.shape[:2]
         launch(
-            _kernels.attention_bias_gradient, (-(-M // setting["BM"]) * -(-N // setting["BN"]), BB * HB),
+            _backward.attention_bias_gradient, (-(-M // setting["BM"]) * -(-N // setting["BN"]), BB * HB),
             q, k, v, do, lse, delta, dbias, _or(lo, q), _or(hi, q), *pointers, *strides,
             _row_stride(lo), *masks, B, H, BB, HB, H // HK, *sizes, **flags, **setting,
         )  # fmt: skip

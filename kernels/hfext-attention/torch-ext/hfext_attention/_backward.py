@@ -1,7 +1,7 @@
 """Triton kernels of the gradient of softmax attention: no atomics, so that every run gives the same bits.
 
-    Delta_i = <do_i, o_i> - dlse_i;  P_ij = exp(s_ij - L_i);  dS_ij = P_ij (<do_i, v_j> - Delta_i)
-    dv_j = sum_i P_ij do_i;  dq_i = scale sum_j dS_ij k_j;  dk_j = scale sum_i dS_ij q_i;  dbias_ij = dS_ij
+Delta_i = <do_i, o_i> - dlse_i;  P_ij = exp(s_ij - L_i);  dS_ij = P_ij (<do_i, v_j> - Delta_i)
+dv_j = sum_i P_ij do_i;  dq_i = scale sum_j dS_ij k_j;  dk_j = scale sum_i dS_ij q_i;  dbias_ij = dS_ij
 """
 
 import triton

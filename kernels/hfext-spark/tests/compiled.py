@@ -1,6 +1,6 @@
 """What is compiled for Hopper: the shapes and options that models use, with the launch parameters that are shipped."""
 
-from hfext_spark import _decode, _kernels, _topk_kernels
+from hfext_spark import _backward, _decode, _kernels, _topk_kernels
 from hfext_spark._autograd import align, pieces
 from hfext_spark._launch import _nearest
 
@@ -83,8 +83,8 @@ def rows(op, kernel, element, key, **flags):
 def cases():
     trio = (
         ("forward", _kernels.spark_forward),
-        ("query_gradient", _kernels.spark_query_gradient),
-        ("key_gradient", _kernels.spark_key_gradient),
+        ("query_gradient", _backward.spark_query_gradient),
+        ("key_gradient", _backward.spark_key_gradient),
     )
     for op, kernel in trio:
         for D, r in ((64, 32), (128, 64), (256, 128)):

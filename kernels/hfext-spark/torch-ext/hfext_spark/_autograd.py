@@ -97,7 +97,7 @@ def backward(
     keys: Maybe, mask: Maybe, seed: Maybe, r: int, gate: bool, halves: bool, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv in their inputs' dtypes and [B, H, M, D] layouts."""
-    from . import _kernels
+    from . import _backward
 
     B, H, M, D = q.shape
     HK, N, DV = k.shape[1], k.shape[2], v.shape[3]
@@ -107,7 +107,9 @@ def backward(
     if min(dq.numel(), dk.numel()) == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     delta = torch.empty_like(lse)
-    launch(_kernels.spark_delta, (-(-M // 64), B * H), o, do, delta, *do.stride(), H, M, DV=DV, BDV=_padded(DV), BM=64)
+    launch(
+        _backward.spark_delta, (-(-M // 64), B * H), o, do, delta, *do.stride(), H, M, DV=DV, BDV=_padded(DV), BM=64
+    )
     pointers = [_or(x, q) for x in (keys, mask, seed)]
     strides = [*q.stride(), *k.stride(), *v.stride(), *do.stride()]
     masks = [_row_stride(keys), *_strides4(mask)]
@@ -118,7 +120,7 @@ def backward(
 
     setting = _setting("query_gradient", q, DV, N, r, gate, halves, dropout_p > 0)
     launch(
-        _kernels.spark_query_gradient, (-(-M // setting["BM"]), B * H),
+        _backward.spark_query_gradient, (-(-M // setting["BM"]), B * H),
         q, k, v, do, lse, theta, delta, dq, _or(lo, q), _or(hi, q), *pointers, *strides, *dq.stride()[:3],
         _row_stride(lo), *masks, H, H // HK, *sizes, **flags, **setting,
     )  # fmt: skip
@@ -127,7 +129,7 @@ def backward(
     first, last = (q, q) if lo is None else query_ranges(lo, hi, N, setting["BN"])
     for wanted in pieces(setting.pop("APART", 0), setting["BD1"], gate):
         launch(
-            _kernels.spark_key_gradient, (-(-N // setting["BN"]), B * HK),
+            _backward.spark_key_gradient, (-(-N // setting["BN"]), B * HK),
             q, k, v, do, lse, theta, delta, dk, dv, _or(lo, q), _or(hi, q), first, last, *pointers, *strides,
             *dk.stride()[:3], *dv.stride()[:3], _row_stride(lo), _row_stride(None if lo is None else first), *masks,
             HK, H // HK, *sizes, **flags, **wanted, **setting,

@@ -61,6 +61,14 @@ def triton_attention(
         key, value (`Tensor` [batch, kv_heads, k, head_dim]): Values may have another head size.
         attention_mask (`IntervalMask`, `Tensor` or `None`): Of `interval_mask`, or [batch or 1, heads or 1, q, k],
             boolean or added to the scores.
+        dropout (`float`, *optional*, defaults to 0.0): Part of the weights that is dropped, in [0, 1).
+        scaling (`float`, *optional*, defaults to head_dim ** -0.5): Factor of the products.
+        is_causal (`bool`, *optional*): Of the call; by default what the layer says. Without a mask alone.
+        sliding_window (`int`, *optional*): The latest keys that a query sees, where there is no mask to say so.
+        softcap (`float`, *optional*): Scores become softcap tanh(score / softcap).
+        s_aux (`Tensor` [heads], *optional*): Attention sinks; they have a gradient.
+        position_bias (`Tensor` [batch or 1, heads or 1, q, k], *optional*): Is added to scores; has a gradient.
+        cache (*optional*): Of continuous batching, which is refused.
 
     Returns:
         `(Tensor, None)`: [batch, q, heads, head_dim] in the dtype of `query`; weights are never made.

@@ -14,7 +14,7 @@ PAIRS = ("halves", "contiguous")
 
 def options_of(config: Any, head_dim: int, gate: bool) -> dict[str, Any]:
     """`config.spark_attention`, with defaults, as arguments of `hfext_spark.spark_attention`."""
-    given = getattr(config, KEY, None)
+    given = None if config is None else vars(config).get(KEY)
     given = {} if given is None else given
     known = ("r", "k", "unbiased", "pairs") if gate else ("r", "k", "unbiased")
     if not isinstance(given, dict) or set(given) - set(known):
@@ -73,7 +73,7 @@ def attend(
         raise NotImplementedError(
             f"{name} takes boolean masks, True where a pair takes part, and none that are added."
         )
-    options = options_of(getattr(module, "config", None), query.shape[-1], gate)
+    options = options_of(vars(module).get("config"), query.shape[-1], gate)
     query, key, value = under_autocast(query, key, value)
     n = seen.pop("length")
     if n < key.shape[2]:
